@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package flow
+
+// Reason is the code of why a request or a connection was refused. It is
+// what a denial, the decision log, a metric's label and docs/reasons share.
+type Reason string
+
+// ReasonOK is the reason of what was not refused.
+const ReasonOK Reason = ""
+
+// Channel and identity.
+const (
+	ReasonMTLSRequired       Reason = "mtls_required"       // plaintext where the policy asks for mTLS
+	ReasonTLSInApp           Reason = "tls_in_app"          // a ClientHello on an app.tls: none port
+	ReasonTLSHandshake       Reason = "tls_handshake"       // the handshake was refused; Detail says why
+	ReasonNoIdentity         Reason = "no_identity"         // nothing proves who calls
+	ReasonUnknownIdentity    Reason = "unknown_identity"    // proven, but no MachineIdentity has that ID
+	ReasonAmbiguousIdentity  Reason = "ambiguous_identity"  // two MachineIdentities match one workload
+	ReasonIdentityExpired    Reason = "identity_expired"    // past MachineIdentity.expires
+	ReasonPeerMismatch       Reason = "peer_mismatch"       // the other end is not the identity that the address belongs to
+	ReasonServerIdentity     Reason = "server_identity"     // who listens is not the protected identity
+	ReasonScope              Reason = "certificate_scope"   // an ID that the issuing node may not issue
+	ReasonCertificateRevoked Reason = "certificate_revoked" // serial, ID or node revoked
+	ReasonIdentityRevoked    Reason = "identity_revoked"    // the caller's identity is revoked
+	ReasonNotThisNode        Reason = "not_this_node"       // a CONNECT authority that is not protected here
+	ReasonForwardedAddress   Reason = "forwarded_address"   // a client address that is neither the peer's nor one of its identity's
+	ReasonNoFlow             Reason = "no_flow"             // a connection to our listener that the kernel did not send
+	ReasonUnconfined         Reason = "unconfined"          // the workload holds a capability that evades enforcement
+)
+
+// Policy.
+const (
+	ReasonNoPolicy     Reason = "no_policy"     // nothing protects that address
+	ReasonNoRule       Reason = "no_rule"       // no rule allows it: otherwise deny
+	ReasonDenyRule     Reason = "deny_rule"     // a rule with effect deny
+	ReasonMayCall      Reason = "may_call"      // not in the source's mayCall
+	ReasonEgress       Reason = "egress"        // outside the mesh and not in the source's egress
+	ReasonCondition    Reason = "condition"     // `when` is false
+	ReasonConditionErr Reason = "condition_err" // `when` cannot be evaluated
+	ReasonPosture      Reason = "posture"       // a posture requirement is not met
+	ReasonNotReady     Reason = "not_ready"     // no policy set has been loaded yet
+)
+
+// Token.
+const (
+	ReasonTokenMissing     Reason = "token_missing"
+	ReasonTokenMalformed   Reason = "token_malformed"
+	ReasonTokenTooLarge    Reason = "token_too_large"
+	ReasonTokenAmbiguous   Reason = "token_ambiguous"   // duplicate or case-folded member names
+	ReasonTokenPlace       Reason = "token_place"       // two Authorization headers, or in the query
+	ReasonTokenAlgorithm   Reason = "token_algorithm"   // none, not the key's own, not allowed
+	ReasonTokenHeader      Reason = "token_header"      // crit, b64, jwk, jku, x5u
+	ReasonTokenType        Reason = "token_type"        // typ
+	ReasonTokenIssuer      Reason = "token_issuer"      // iss
+	ReasonTokenAudience    Reason = "token_audience"    // aud
+	ReasonTokenKey         Reason = "token_key"         // unknown kid
+	ReasonTokenSignature   Reason = "token_signature"   // does not verify
+	ReasonTokenExpired     Reason = "token_expired"     // exp
+	ReasonTokenNotYet      Reason = "token_not_yet"     // nbf or iat in the future
+	ReasonTokenLifetime    Reason = "token_lifetime"    // no exp, or longer than the issuer may give
+	ReasonTokenClaims      Reason = "token_claims"      // a claim's type or required value
+	ReasonTokenScope       Reason = "token_scope"       // scopes
+	ReasonTokenBinding     Reason = "token_binding"     // bound to another certificate or key
+	ReasonTokenProof       Reason = "token_proof"       // bound, and no proof came with it
+	ReasonTokenUnbound     Reason = "token_unbound"     // the rule asks for a bound token
+	ReasonTokenRevoked     Reason = "token_revoked"     // jti, subject or issuer revoked
+	ReasonTokenKeysStale   Reason = "token_keys_stale"  // the issuer's keys are older than the hard limit
+	ReasonTokenUnavailable Reason = "token_unavailable" // the issuer's keys were never had
+	ReasonStepUp           Reason = "step_up"           // acr or auth_time not enough (RFC 9470)
+)
+
+// Relation and anomaly.
+const (
+	ReasonRelation            Reason = "relation_missing"
+	ReasonRelationTemplate    Reason = "relation_template" // a value that a relation cannot take
+	ReasonRelationUnavailable Reason = "relation_unavailable"
+	ReasonAnomaly             Reason = "anomaly"
+	ReasonThrottled           Reason = "throttled"
+	ReasonAnomalyErr          Reason = "anomaly_err"
+)
+
+// Protocol and upstream.
+const (
+	ReasonMalformed       Reason = "http_malformed" // what two parsers could read differently
+	ReasonTooLarge        Reason = "http_too_large" // a limit on line, header or body
+	ReasonTarget          Reason = "http_target"    // a target that is refused
+	ReasonHeaderAmbiguous Reason = "http_header"    // a header that a policy reads came more than once
+	ReasonUpgrade         Reason = "http_upgrade"   // an upgrade that no rule allows
+	ReasonNotHTTP         Reason = "not_http"       // a protocol: http port that is spoken to otherwise
+	ReasonTimeout         Reason = "timeout"        // header, body or idle
+	ReasonUpstream        Reason = "upstream"       // the application refused or broke off
+	ReasonUpstreamGone    Reason = "upstream_gone"  // nothing of the protected identity listens
+	ReasonTunnel          Reason = "tunnel"         // the tunnel to the other node could not be had
+	ReasonTunnelRefused   Reason = "tunnel_refused" // the other node refused the stream
+	ReasonOverload        Reason = "overload"       // a bound of ours was reached
+	ReasonRevoked         Reason = "revoked"        // what had allowed a live connection was revoked
+	ReasonPolicyChanged   Reason = "policy_changed" // a live connection is no longer allowed
+	ReasonExpired         Reason = "expired"        // what had allowed a live connection ended
+	ReasonInternal        Reason = "internal"       // a fault of ours
+	ReasonLineRefused     Reason = "line_refused"   // the agent refused what userspace asked for
+)
+
+// Kernel.
+const (
+	ReasonVerdictDeny   Reason = "verdict_deny"
+	ReasonBindGuard     Reason = "bind_guard"     // a listener's or protected port bound by another
+	ReasonListenerGone  Reason = "listener_gone"  // the agent's listener is not there
+	ReasonServerGone    Reason = "server_gone"    // the protected identity does not listen
+	ReasonUntagged      Reason = "untagged"       // a packet of an enforced workload without flow tag
+	ReasonMapFull       Reason = "map_full"       // a kernel map is full: denied and counted
+	ReasonForeignSocket Reason = "foreign_socket" // an enforced caller with a socket made elsewhere
+	ReasonDevice        Reason = "bound_device"   // bound to a device, cannot reach the loopback listener
+	ReasonSocketKind    Reason = "socket_kind"    // a socket type that no hook sees
+	ReasonUnguarded     Reason = "own_port"       // a packet from elsewhere to one of our own ports
+)
+
+// Status returns the HTTP status of a refusal with this reason.
+func (r Reason) Status() int {
+	switch r {
+	case ReasonTokenPlace, ReasonMalformed, ReasonTarget, ReasonHeaderAmbiguous, ReasonNotHTTP:
+		return 400
+	case ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenAlgorithm,
+		ReasonTokenHeader, ReasonTokenType, ReasonTokenIssuer, ReasonTokenAudience, ReasonTokenKey,
+		ReasonTokenSignature, ReasonTokenExpired, ReasonTokenNotYet, ReasonTokenLifetime, ReasonTokenClaims,
+		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonStepUp:
+		return 401
+	case ReasonTimeout:
+		return 408
+	case ReasonTooLarge:
+		return 413
+	case ReasonThrottled:
+		return 429
+	case ReasonInternal:
+		return 500
+	case ReasonUpstream, ReasonTunnel, ReasonTunnelRefused:
+		return 502
+	case ReasonUpstreamGone, ReasonOverload, ReasonNotReady, ReasonTokenKeysStale, ReasonTokenUnavailable,
+		ReasonRelationUnavailable, ReasonLineRefused, ReasonServerIdentity:
+		return 503
+	}
+	return 403
+}
+
+// Public is the text that a refused caller sees: enough to know what to
+// mend, nothing about policies, rules or other callers.
+func (r Reason) Public() string {
+	switch r.Status() {
+	case 400:
+		return "The request cannot be read unambiguously."
+	case 401:
+		return "The access token is missing or was not accepted."
+	case 408:
+		return "The request did not arrive in time."
+	case 413:
+		return "The request is larger than is accepted here."
+	case 429:
+		return "Too many or unusual requests; try again later."
+	case 500, 502, 503:
+		return "The service cannot be reached at the moment."
+	}
+	return "The call is not permitted."
+}
