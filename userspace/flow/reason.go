@@ -29,6 +29,31 @@ const (
 	ReasonUnconfined         Reason = "unconfined"          // the workload holds a capability that evades enforcement
 )
 
+// Certificates: what userspace/identity refuses in a peer's chain.
+const (
+	ReasonCertMissing      Reason = "cert_missing"       // no certificate was presented
+	ReasonCertChainSize    Reason = "cert_chain_size"    // more than 8 certificates or 64 KiB
+	ReasonCertMalformed    Reason = "cert_malformed"     // not DER, or an extension that is not understood
+	ReasonCertKey          Reason = "cert_key"           // not P-256, P-384, Ed25519 or RSA of 2048 to 8192 bits
+	ReasonCertSignature    Reason = "cert_signature"     // signed with SHA-1 or another algorithm that is not accepted
+	ReasonCertSelfSigned   Reason = "cert_self_signed"   // the leaf signed itself
+	ReasonCertUntrusted    Reason = "cert_untrusted"     // no chain to a root of its trust domain
+	ReasonCertExpired      Reason = "cert_expired"       // a certificate of the chain is past its NotAfter
+	ReasonCertNotYet       Reason = "cert_not_yet"       // a certificate of the chain is before its NotBefore
+	ReasonCertIsCA         Reason = "cert_is_ca"         // a CA certificate, or keyCertSign, on a leaf
+	ReasonCertKeyUsage     Reason = "cert_key_usage"     // keyUsage without digitalSignature
+	ReasonCertExtKeyUsage  Reason = "cert_ext_key_usage" // extKeyUsage without the role
+	ReasonCertNoID         Reason = "cert_no_id"         // no URI SAN
+	ReasonCertManyIDs      Reason = "cert_many_ids"      // two URI SANs
+	ReasonCertID           Reason = "cert_id"            // not a SPIFFE ID by the specification
+	ReasonCertTrustDomain  Reason = "cert_trust_domain"  // a trust domain without a bundle here
+	ReasonCertKeyUnproven  Reason = "cert_key_unproven"  // a certificate request that its key did not sign
+	ReasonTLSVersion       Reason = "tls_version"        // below TLS 1.3
+	ReasonEnrolmentToken   Reason = "enrolment_token"    // a join token that is unknown, used, expired or revoked
+	ReasonEnrolmentNode    Reason = "enrolment_node"     // a node that the authority does not know, or with another key
+	ReasonEnrolmentMissing Reason = "enrolment_missing"  // no valid node certificate at the moment
+)
+
 // Policy.
 const (
 	ReasonNoPolicy     Reason = "no_policy"     // nothing protects that address
