@@ -139,6 +139,11 @@ type Message struct {
 	Version uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	Id      uint64                 `protobuf:"varint,2,opt,name=id,proto3" json:"id,omitempty"`
 	Reply   bool                   `protobuf:"varint,3,opt,name=reply,proto3" json:"reply,omitempty"`
+	// A message too large for one datagram: 1 descriptor, a sealed memfd that
+	// holds the encoded Message. Taken from the agent only.
+	Sealed bool `protobuf:"varint,4,opt,name=sealed,proto3" json:"sealed,omitempty"`
+	// In a reply without body: the other end did not take the request.
+	Error string `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
 	// Types that are valid to be assigned to Body:
 	//
 	//	*Message_Start
@@ -222,6 +227,20 @@ func (x *Message) GetReply() bool {
 		return x.Reply
 	}
 	return false
+}
+
+func (x *Message) GetSealed() bool {
+	if x != nil {
+		return x.Sealed
+	}
+	return false
+}
+
+func (x *Message) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
 }
 
 func (x *Message) GetBody() isMessage_Body {
@@ -2602,11 +2621,13 @@ var File_linepb_line_proto protoreflect.FileDescriptor
 
 const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
-	"\x11linepb/line.proto\x12\x0esallyport.line\"\xf6\f\n" +
+	"\x11linepb/line.proto\x12\x0esallyport.line\"\xa4\r\n" +
 	"\aMessage\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x14\n" +
-	"\x05reply\x18\x03 \x01(\bR\x05reply\x12-\n" +
+	"\x05reply\x18\x03 \x01(\bR\x05reply\x12\x16\n" +
+	"\x06sealed\x18\x04 \x01(\bR\x06sealed\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\x12-\n" +
 	"\x05start\x18\n" +
 	" \x01(\v2\x15.sallyport.line.StartH\x00R\x05start\x126\n" +
 	"\bpolicies\x18\v \x01(\v2\x18.sallyport.line.PoliciesH\x00R\bpolicies\x12<\n" +
