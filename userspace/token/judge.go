@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package token
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+// judge holds authentic claims against the rule, the connection and the
+// time: the part that runs on every request, cached or not.
+func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.Time) (flow.Reason, error) {
+	if stale(keys, now) {
+		return flow.ReasonTokenKeysStale, errKeysStale
+	}
+	if !contains(i.Types, t.kind) {
+		return flow.ReasonTokenType, errType
+	}
+	for name, want := range i.Require {
+		if !has(t.Raw[name], want) {
+			return flow.ReasonTokenClaims, errRequired
+		}
+	}
+	if !audience(t, i, c.Audience) {
+		return flow.ReasonTokenAudience, errAudience
+	}
+	if reason, err := lifetime(t, i, now); err != nil {
+		return reason, err
+	}
+	if reason, err := binding(t, i, c); err != nil {
+		return reason, err
+	}
+	if v.revoked.Load().holds(t, i, now) {
+		return flow.ReasonTokenRevoked, errRevoked
+	}
+	for _, scope := range c.Scopes {
+		if !contains(t.Scopes, scope) {
+			return flow.ReasonTokenScope, errScope
+		}
+	}
+	return flow.ReasonOK, nil
+}
+
+func has(claim any, want string) bool {
+	if s, ok := claim.(string); ok {
+		return s == want
+	}
+	items, _ := claim.([]any)
+	for _, item := range items {
+		if item == want {
+			return true
+		}
+	}
+	return false
+}
+
+func audience(t *Claims, i *issuer, want string) bool {
+	if want != "" {
+		return (len(i.Audiences) == 0 || contains(i.Audiences, want)) && contains(t.Audience, want)
+	}
+	for _, a := range i.Audiences {
+		if contains(t.Audience, a) {
+			return true
+		}
+	}
+	return false
+}
+
+func lifetime(t *Claims, i *issuer, now time.Time) (flow.Reason, error) {
+	switch {
+	case t.Expiry.IsZero():
+		return flow.ReasonTokenLifetime, errNoExpiry
+	case !now.Before(t.Expiry):
+		return flow.ReasonTokenExpired, errExpired
+	case t.NotBefore.After(now.Add(leeway)), t.IssuedAt.After(now.Add(leeway)):
+		return flow.ReasonTokenNotYet, errNotYet
+	}
+	from := t.IssuedAt
+	if from.IsZero() {
+		from = now
+	}
+	if life := t.Expiry.Sub(from); life <= 0 || life > i.MaxLifetime {
+		return flow.ReasonTokenLifetime, errLifetime
+	}
+	return flow.ReasonOK, nil
+}
+
+// binding holds cnf against this connection. A bound token without its proof
+// is refused even where the rule asks for no binding: it may be stolen.
+func binding(t *Claims, i *issuer, c *Check) (flow.Reason, error) {
+	if c.BoundTo > BindingMTLS {
+		return flow.ReasonTokenProof, errProof
+	}
+	switch t.proof {
+	case cnfAbsent:
+		if c.BoundTo == BindingMTLS || i.RequireBinding {
+			return flow.ReasonTokenUnbound, errUnbound
+		}
+		return flow.ReasonOK, nil
+	case cnfCertificate:
+		if len(c.Thumbprints) == 0 {
+			return flow.ReasonTokenProof, errProof
+		}
+		if !proves(&t.Thumbprint, c.Thumbprints) {
+			return flow.ReasonTokenBinding, errBinding
+		}
+		return flow.ReasonOK, nil
+	}
+	return flow.ReasonTokenProof, errProof
+}
+
+func proves(bound *[sha256.Size]byte, own [][sha256.Size]byte) bool {
+	found := 0
+	for n := range own {
+		found |= subtle.ConstantTimeCompare(bound[:], own[n][:])
+	}
+	return found == 1
+}
