@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package netloop
+
+import (
+	"fmt"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// AdoptBy is Adopt with a time at which it gives up with os.ErrDeadlineExceeded; the zero time is no limit.
+func (t *Task) AdoptBy(fd int, deadline time.Time) (*Conn, error) {
+	e := t.l.e
+	if t.l.stopping {
+		sysClose(fd)
+		return nil, fmt.Errorf("adopt socket: %w", ErrClosed)
+	}
+	if !e.admit() {
+		sysClose(fd)
+		return nil, fmt.Errorf("adopt socket: %w", ErrTooManyConns)
+	}
+	adopt := t.adopt
+	if t.l.r == nil {
+		adopt = t.adoptPlain
+	}
+	c, err := adopt(fd, deadline)
+	if err != nil {
+		return nil, fmt.Errorf("adopt socket: %w", err)
+	}
+	return c, nil
+}
+
+func (t *Task) adopt(fd int, deadline time.Time) (*Conn, error) {
+	e := t.l.e
+	c, err := t.l.r.add(fd, netip.AddrPort{})
+	if err == nil {
+		c.adopted = true
+		if err = unix.SetNonblock(fd, true); err != nil {
+			c.destroy()
+			return nil, err
+		}
+	} else {
+		sysClose(fd)
+		e.connGone()
+		return nil, err
+	}
+	t.own(c)
+	if err := t.connected(c, e.at(deadline)); err != nil {
+		if !c.closed {
+			c.abort(err)
+		}
+		return nil, err
+	}
+	// A socket that is not TCP has none.
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	return c, nil
+}
+
+// connected parks until the socket has a peer.
+func (t *Task) connected(c *Conn, deadline int64) error {
+	for {
+		remote, e := sysName(unix.SYS_GETPEERNAME, c.fd)
+		if e == 0 {
+			c.remote, c.full = remote, false
+			return nil
+		}
+		if e != syscall.ENOTCONN {
+			return e
+		}
+		if n, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_ERROR); err != nil {
+			return err
+		} else if n != 0 {
+			return syscall.Errno(n)
+		}
+		if c.broken {
+			return syscall.ENOTCONN
+		}
+		// The edge of writability wakes it: until then the socket takes nothing.
+		c.full, c.connecting, c.reader = true, true, t
+		err := t.park(deadline)
+		c.connecting, c.reader = false, nil
+		if c.closed {
+			return c.rerr
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
