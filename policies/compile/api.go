@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compile
+
+import (
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+// Protocol is what a policy says is spoken on a protected port.
+type Protocol uint8
+
+// The protocols of a policy.
+const (
+	ProtocolAuto Protocol = iota // told from the first bytes
+	ProtocolHTTP
+	ProtocolTCP
+	ProtocolTLS
+)
+
+var protocolNames = [...]string{"auto", "http", "tcp", "tls"}
+
+// String returns the protocol as policies write it.
+func (p Protocol) String() string { return protocolNames[p] }
+
+// AppTLS says what TLS the application speaks itself.
+type AppTLS uint8
+
+// What an application does about TLS.
+const (
+	AppTLSNone        AppTLS = iota // plaintext; a ClientHello is refused
+	AppTLSPassthrough               // its own; only identity and SNI can be judged
+)
+
+// String returns the word that policies write.
+func (t AppTLS) String() string {
+	if t == AppTLSPassthrough {
+		return "passthrough"
+	}
+	return "none"
+}
+
+// MTLS says whether a caller must come over a channel that proves it.
+type MTLS uint8
+
+// The values of mtls, strictest first.
+const (
+	MTLSRequired MTLS = iota
+	MTLSPermissive
+	MTLSOff
+)
+
+var mtlsNames = [...]string{"required", "permissive", "off"}
+
+// String returns the word that policies write.
+func (m MTLS) String() string { return mtlsNames[m] }
+
+// API is a compiled APIPolicy.
+type API struct {
+	// Name is NAMESPACE/NAME of the policy.
+	Name     string
+	Position load.Position
+	Identity *Identity // whom it protects
+	Ports    []uint16  // ascending
+	Protocol Protocol
+	AppTLS   AppTLS
+	Mode     flow.Mode
+	MTLS     MTLS
+	// OtherwiseAllow says that what no rule speaks of is allowed, within
+	// mayCall and what else refuses.
+	OtherwiseAllow bool
+	Anomaly        *Anomaly // nil: no scoring
+	Body           Body
+	Rules          []*Rule // in document order
+	// Headers are the fields that its rules read, in lower case and
+	// ascending: each must come once, not as a trailer, and not be named in
+	// Connection.
+	Headers []string
+
+	deny, allow table
+	decided     map[*Identity]decidedBy
+	decidedElse decidedBy
+}
+
+// Rule is one rule of an API.
+type Rule struct {
+	Name     string
+	Position load.Position
+	Deny     bool
+	Token    *TokenRule // nil: no token is asked for
+	Relation *Relation  // nil: no relation
+	When     *Condition // nil: no condition
+
+	order int // deny rules first, then allow rules, each in document order
+}
+
+// Bound says what a token must be bound to.
+type Bound uint8
+
+// The bindings of a token.
+const (
+	BoundNone Bound = iota // a bearer token will do; one that is bound must still be proven
+	BoundMTLS              // the certificate of the channel, RFC 8705
+)
+
+// TokenRule is the access token that a rule asks for.
+type TokenRule struct {
+	Issuer   *Issuer
+	Audience string
+	Scopes   []string // all of them
+	Bound    Bound
+}
+
+// Anomaly holds p-value thresholds; 0 is one that is not set.
+type Anomaly struct {
+	Warn, Throttle, Revoke, Terminate float64
+	WarmupRequests                    uint32
+	WarmupIdentities                  uint32
+	// FalsePositives is the budget a day, 0 if none was given.
+	FalsePositives float64
+	// IgnoreErrors lets a request pass that cannot be scored.
+	IgnoreErrors bool
+}
+
+// Body says how much of a body is held before the decision.
+type Body struct {
+	Inspect  int  // bytes, 0: none
+	SkipOver bool // a longer one is not inspected; false: it is refused
+}
+
+// Claims are what a condition or a relation may read of a verified token.
+type Claims struct {
+	Subject  string
+	Issuer   string
+	ID       string // jti
+	ClientID string
+	Scopes   []string
+	Groups   []string
+	// Raw are all claims, with the types that encoding/json decodes into any.
+	Raw map[string]any
+}
+
+// Activation is what a condition and a relation template see of a request.
+// It is the caller's, reused from request to request.
+type Activation struct {
+	Request *flow.Request
+	Source  *Identity // nil: no identity was proven
+	Token   *Claims   // nil: the rule asks for none
+	Match   *Match
+	Time    time.Time
+}
+
+type decidedBy uint8
+
+const (
+	undecided decidedBy = iota
+	decidedAllow
+	decidedDeny
+)
+
+// IdentityOnly says whether the decision for callers of that identity
+// depends on nothing but the identity, and then whether it is allow. The
+// identity's own validity and revocation, and the channel, are not part of
+// it.
+func (a *API) IdentityOnly(src *Identity) (allow, decided bool) {
+	if src == nil {
+		return false, false
+	}
+	if !src.MayCallIdentity(a.Identity) {
+		return false, true
+	}
+	d, ok := a.decided[src]
+	if !ok {
+		d = a.decidedElse
+	}
+	return d == decidedAllow, d != undecided
+}

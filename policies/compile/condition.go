@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compile
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"cel.dev/cel-go/cel"
+	"cel.dev/cel-go/common/ast"
+	"cel.dev/cel-go/common/operators"
+	"cel.dev/cel-go/common/types"
+
+	"github.com/sallyport-dev/sallyport/policies/load"
+)
+
+// Bounds of a condition. The cost is in CEL's own units, about an operation
+// or ten characters each.
+const (
+	maxConditionChars = 4096
+	maxConditionNodes = 1000
+	maxConditionDepth = 32
+	maxConditionCost  = 10_000
+)
+
+// Condition is a compiled `when`: an expression in the Common Expression
+// Language over
+//
+//	request.method, request.path (decoded, without query), request.host: string
+//	request.content_length: int, bytes, -1 where the body is chunked
+//	request.headers: map(string, string), read as request.headers['Name'] or 'Name' in request.headers
+//	source.id, source.name, source.namespace: string, "" where no identity was proven
+//	token.sub, token.iss, token.client_id: string; token.scopes, token.groups: list(string)
+//	token.claims: map(string, dyn)
+//	params: map(string, string), the values of the path template, decoded
+//	time: timestamp
+type Condition struct {
+	// Text is the expression as written.
+	Text string
+
+	program   cel.Program
+	headers   []string // as written
+	params    []string
+	usesToken bool
+}
+
+var errNotBool = errors.New("evaluate condition: the result is not a bool")
+
+// Eval says whether the condition holds. An error (a claim that is not
+// there, a header that came twice, a cost over the limit) means that it
+// cannot be said: an allow rule then does not allow, a deny rule denies.
+func (c *Condition) Eval(a *Activation) (bool, error) {
+	vars := variables{Activation: a}
+	if len(c.headers) > 0 {
+		vars.headers = make(map[string]string, len(c.headers))
+		for _, name := range c.headers {
+			v, n := a.Request.HeaderValue(name)
+			if n > 1 {
+				return false, fmt.Errorf("evaluate condition: header %s came %d times", name, n)
+			}
+			if n == 1 {
+				vars.headers[name] = string(v)
+			}
+		}
+	}
+	out, _, err := c.program.Eval(&vars)
+	if err != nil {
+		return false, fmt.Errorf("evaluate condition: %w", err)
+	}
+	b, ok := out.(types.Bool)
+	if !ok {
+		return false, errNotBool
+	}
+	return bool(b), nil
+}
+
+// variables resolves the names of a condition.
+type variables struct {
+	*Activation
+	headers map[string]string
+}
+
+// Parent returns nil: there is nothing behind.
+func (v *variables) Parent() cel.Activation { return nil }
+
+// ResolveName returns the value of a variable.
+func (v *variables) ResolveName(name string) (any, bool) {
+	kind, field, _ := strings.Cut(name, ".")
+	switch kind {
+	case "request":
+		return v.request(field)
+	case "source":
+		return v.source(field)
+	case "token":
+		return v.token(field)
+	case "params":
+		return v.params(), field == ""
+	case "time":
+		return v.Time, field == ""
+	}
+	return nil, false
+}
+
+func (v *variables) request(field string) (any, bool) {
+	switch field {
+	case "method":
+		return v.Request.Method, true
+	case "path":
+		return decodeAll(v.Request.Path), true
+	case "host":
+		return v.Request.Host, true
+	case "content_length":
+		return v.Request.ContentLength, true
+	case "headers":
+		return v.headers, true
+	}
+	return nil, false
+}
+
+func (v *variables) source(field string) (any, bool) {
+	var id, name, namespace string
+	if s := v.Source; s != nil {
+		id, name, namespace = s.ID, s.Name, s.Namespace
+		if v.Request.Peer.ID != "" {
+			id = v.Request.Peer.ID // of its own node
+		}
+	}
+	switch field {
+	case "id":
+		return id, true
+	case "name":
+		return name, true
+	case "namespace":
+		return namespace, true
+	}
+	return nil, false
+}
+
+func (v *variables) token(field string) (any, bool) {
+	if v.Token == nil {
+		return nil, false
+	}
+	switch field {
+	case "sub":
+		return v.Token.Subject, true
+	case "iss":
+		return v.Token.Issuer, true
+	case "client_id":
+		return v.Token.ClientID, true
+	case "scopes":
+		return v.Token.Scopes, true
+	case "groups":
+		return v.Token.Groups, true
+	case "claims":
+		return v.Token.Raw, true
+	}
+	return nil, false
+}
+
+func (v *variables) params() map[string]string {
+	if v.Match == nil {
+		return nil
+	}
+	m := make(map[string]string, v.Match.Params())
+	for i := range v.Match.Params() {
+		name, value := v.Match.ParamAt(i)
+		m[name] = value
+	}
+	return m
+}
+
+// conditionVariables are the names that a condition knows.
+var conditionVariables = map[string]*cel.Type{
+	"request.method":         cel.StringType,
+	"request.path":           cel.StringType,
+	"request.host":           cel.StringType,
+	"request.content_length": cel.IntType,
+	"request.headers":        cel.MapType(cel.StringType, cel.StringType),
+	"source.id":              cel.StringType,
+	"source.name":            cel.StringType,
+	"source.namespace":       cel.StringType,
+	"token.sub":              cel.StringType,
+	"token.iss":              cel.StringType,
+	"token.client_id":        cel.StringType,
+	"token.scopes":           cel.ListType(cel.StringType),
+	"token.groups":           cel.ListType(cel.StringType),
+	"token.claims":           cel.MapType(cel.StringType, cel.DynType),
+	"params":                 cel.MapType(cel.StringType, cel.StringType),
+	"time":                   cel.TimestampType,
+}
+
+var conditionEnv = sync.OnceValues(func() (*cel.Env, error) {
+	opts := []cel.EnvOption{
+		cel.ParserExpressionSizeLimit(maxConditionChars),
+		cel.ExpressionNodeLimit(maxConditionNodes),
+		cel.ParserRecursionLimit(maxConditionDepth),
+		cel.DefaultUTCTimeZone(true),
+	}
+	for name, t := range conditionVariables {
+		opts = append(opts, cel.Variable(name, t))
+	}
+	return cel.NewEnv(opts...)
+})
+
+// exprError is an error at a place in an expression: a line counted from 1,
+// 0 if unknown, and a column counted from 0.
+type exprError struct {
+	line, column int
+	message      string
+}
+
+// compileCondition compiles an expression.
+func compileCondition(text string) (*Condition, []exprError) {
+	fault := func(format string, args ...any) (*Condition, []exprError) {
+		return nil, []exprError{{message: fmt.Sprintf(format, args...)}}
+	}
+	if n := len(text); n > maxConditionChars {
+		return fault("a condition may have %d characters, this one has %d", maxConditionChars, n)
+	}
+	env, err := conditionEnv()
+	if err != nil {
+		return fault("%v", err)
+	}
+	checked, issues := env.Compile(text)
+	if issues.Err() != nil {
+		var errs []exprError
+		for _, e := range issues.Errors() {
+			errs = append(errs, exprError{
+				line: e.Location.Line(), column: e.Location.Column(),
+				message: celMessage(e.Message, text, e.Location.Line(), e.Location.Column()),
+			})
+		}
+		return nil, errs
+	}
+	if t := checked.OutputType(); !t.IsExactType(cel.BoolType) && !t.IsExactType(cel.DynType) {
+		return fault("is a %s, not a bool", t)
+	}
+	c := &Condition{Text: text}
+	native := checked.NativeRep()
+	if errs := c.inspect(native, ast.NavigateAST(native), nil); len(errs) > 0 {
+		return nil, errs
+	}
+	estimate, err := env.EstimateCost(checked, nil)
+	if err == nil && estimate.Min > maxConditionCost {
+		return fault("costs at least %d, the limit is %d", estimate.Min, maxConditionCost)
+	}
+	c.program, err = env.Program(checked, cel.EvalOptions(cel.OptOptimize), cel.CostLimit(maxConditionCost))
+	if err != nil {
+		return fault("%v", err)
+	}
+	return c, nil
+}
+
+// inspect finds what an expression reads, and refuses headers that are not
+// named by a literal: they could not be held to come only once.
+func (c *Condition) inspect(a *ast.AST, e ast.NavigableExpr, errs []exprError) []exprError {
+	if e.Kind() == ast.IdentKind {
+		switch name := e.AsIdent(); {
+		case strings.HasPrefix(name, "token."):
+			c.usesToken = true
+		case name == "request.headers":
+			if h, ok := constantKey(e); ok {
+				c.headers = appendNew(c.headers, h)
+			} else {
+				errs = append(errs, at(a, e, "request.headers: name the header by a literal, as in request.headers['X-Account']"))
+			}
+		case name == "params":
+			if p, ok := constantKey(e); ok {
+				c.params = appendNew(c.params, p)
+			} else {
+				errs = append(errs, at(a, e, "params: name the parameter by a literal, as in params.id"))
+			}
+		}
+	}
+	for _, child := range e.Children() {
+		errs = c.inspect(a, child, errs)
+	}
+	return errs
+}
+
+// constantKey returns the key by which the map e is read: m.key, m['key'],
+// 'key' in m.
+func constantKey(e ast.NavigableExpr) (string, bool) {
+	parent, ok := e.Parent()
+	if !ok {
+		return "", false
+	}
+	switch parent.Kind() {
+	case ast.SelectKind:
+		return parent.AsSelect().FieldName(), true
+	case ast.CallKind:
+		call := parent.AsCall()
+		args := call.Args()
+		if len(args) != 2 {
+			return "", false
+		}
+		key := args[1]
+		switch call.FunctionName() {
+		case operators.Index:
+		case operators.In:
+			key = args[0]
+		default:
+			return "", false
+		}
+		if key.Kind() == ast.LiteralKind {
+			s, ok := key.AsLiteral().(types.String)
+			return string(s), ok
+		}
+	}
+	return "", false
+}
+
+func at(a *ast.AST, e ast.Expr, message string) exprError {
+	loc := a.SourceInfo().GetStartLocation(e.ID())
+	return exprError{line: loc.Line(), column: loc.Column(), message: message}
+}
+
+func appendNew(list []string, s string) []string {
+	if slices.Contains(list, s) {
+		return list
+	}
+	return append(list, s)
+}
+
+// celMessage rewrites what CEL says about a name it does not know.
+func celMessage(message, text string, line, column int) string {
+	message = strings.ReplaceAll(message, " (in container '')", "")
+	name, ok := strings.CutPrefix(message, "undeclared reference to '")
+	if !ok {
+		return strings.Join(strings.Fields(message), " ")
+	}
+	name = strings.TrimSuffix(name, "'")
+	var fields, firsts []string
+	for v := range conditionVariables {
+		first, field, _ := strings.Cut(v, ".")
+		firsts = append(firsts, first)
+		if first == name && field != "" {
+			fields = append(fields, field)
+		}
+	}
+	if len(fields) == 0 {
+		return message + load.DidYouMean(name, firsts, "'")
+	}
+	slices.Sort(fields)
+	field := fieldAt(text, line, column+len(name))
+	if field == "" {
+		return fmt.Sprintf("'%s' has to be followed by one of .%s", name, strings.Join(fields, ", ."))
+	}
+	return fmt.Sprintf("'%s' has no field '%s'%s: it has %s", name, field, load.DidYouMean(field, fields, "'"), strings.Join(fields, ", "))
+}
+
+// fieldAt returns the field name that follows at that place, "" without one.
+func fieldAt(text string, line, column int) string {
+	lines := strings.Split(text, "\n")
+	if line < 1 || line > len(lines) {
+		return ""
+	}
+	runes := []rune(lines[line-1])
+	if column >= len(runes) || runes[column] != '.' {
+		return ""
+	}
+	s := string(runes[column+1:])
+	end := strings.IndexFunc(s, func(r rune) bool { return r >= 0x80 || !isAlnum(byte(r)) && r != '_' })
+	if end >= 0 {
+		s = s[:end]
+	}
+	return s
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package compile turns policy documents into a Plan: references resolved,
+// defaults filled in, rules laid out so that the cost of a look-up does not
+// grow with their number. Build is the one way from files to a Plan, for
+// validation, reload and start-up alike.
+package compile
+
+import (
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+// Plan is a compiled set of documents. It is immutable and safe for
+// concurrent use; no look-up allocates.
+type Plan struct {
+	digest     string
+	identities []*Identity
+	byID       map[string]*Identity // by the ID with this node's name, and explicit ones
+	byTail     map[string]*Identity // derived ones, by what follows the node's name
+	nodePrefix string               // spiffe://TRUSTDOMAIN/node/
+	claims     map[netip.AddrPort]*Identity
+	apis       []*API
+	byPort     map[apiKey]*API
+	issuers    []*Issuer
+	models     []*Model
+	tuples     []Tuple
+}
+
+type apiKey struct {
+	identity *Identity
+	port     uint16
+}
+
+// Digest is the SHA-256 of the documents, in hex: two plans of the same
+// digest and options are the same.
+func (p *Plan) Digest() string { return p.digest }
+
+// Identities returns all identities, by namespace and name.
+func (p *Plan) Identities() []*Identity { return p.identities }
+
+// APIs returns all APIs, by namespace and name.
+func (p *Plan) APIs() []*API { return p.apis }
+
+// Issuers returns all token issuers, by namespace and name.
+func (p *Plan) Issuers() []*Issuer { return p.issuers }
+
+// Models returns all relation models, by namespace and name.
+func (p *Plan) Models() []*Model { return p.models }
+
+// Tuples returns the relations that the set's files hold.
+func (p *Plan) Tuples() []Tuple { return p.tuples }
+
+// Identity returns the identity of that SPIFFE ID. A derived ID matches its
+// name on any node, and node is the one it names; node is "" for an
+// explicit ID. Whether that node may issue the ID is for the verifier of
+// its certificate to say.
+func (p *Plan) Identity(spiffeID string) (id *Identity, node string, ok bool) {
+	if id, ok := p.byID[spiffeID]; ok && !id.Derived {
+		return id, "", true
+	}
+	rest, ok := strings.CutPrefix(spiffeID, p.nodePrefix)
+	if !ok {
+		return nil, "", false
+	}
+	node, tail, ok := strings.Cut(rest, "/")
+	if !ok || node == "" {
+		return nil, "", false
+	}
+	id, ok = p.byTail[tail]
+	if !ok {
+		return nil, "", false
+	}
+	return id, node, true
+}
+
+// Claimed returns the identity that serves at that address, nil if nobody
+// says so. A v4-mapped address is that of IPv4.
+func (p *Plan) Claimed(a netip.AddrPort) *Identity {
+	if a.Addr().Is4In6() {
+		a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+	}
+	return p.claims[a]
+}
+
+// API returns what protects that port of the identity, nil if nothing does.
+func (p *Plan) API(id *Identity, port uint16) *API { return p.byPort[apiKey{id, port}] }
+
+// Identity is a compiled MachineIdentity.
+type Identity struct {
+	Namespace, Name string
+	// ID is its SPIFFE ID; a derived one holds this node's name.
+	ID      string
+	Derived bool
+	Owner   string
+	// Expires is the first instant at which it is denied, zero if never.
+	Expires time.Time
+	// Selector is nil where no workload of this node can be it.
+	Selector  *Selector
+	Endpoints []netip.AddrPort
+	Mode      flow.Mode // of its outbound side
+	// MayCall is the ceiling of what it may call, by namespace and name.
+	MayCall []*Identity
+	Egress  []Egress
+	// Position is that of the document.
+	Position load.Position
+
+	fullName string
+	mayCall  map[*Identity]struct{}
+}
+
+// FullName returns NAMESPACE/NAME.
+func (i *Identity) FullName() string { return i.fullName }
+
+// MayCallIdentity says whether dst is within the ceiling of what i may call.
+func (i *Identity) MayCallIdentity(dst *Identity) bool {
+	_, ok := i.mayCall[dst]
+	return ok
+}
+
+// Expired says whether the identity's validity has ended at that time.
+func (i *Identity) Expired(now time.Time) bool { return !i.Expires.IsZero() && !now.Before(i.Expires) }
+
+// Selector says how the kernel recognises a workload; every field that is
+// set must match. SystemdUnit or CgroupPath is always set, never both.
+type Selector struct {
+	SystemdUnit   string // full unit name, of the system manager
+	CgroupPath    string // clean and absolute beneath the cgroup root, the cgroup and what is beneath it
+	UID           uint32
+	HasUID        bool
+	ProcessBinary string // absolute path, "" for any
+}
+
+// Egress is a range of addresses outside the mesh, with its ports in
+// ascending order.
+type Egress struct {
+	Prefix netip.Prefix
+	Ports  []uint16
+}
+
+// Issuer is a compiled TokenIssuer. Exactly one of JWKSURL, JWKSFile and
+// JWKS is set.
+type Issuer struct {
+	Namespace, Name string
+	URL             string // exact value of iss
+	JWKSURL         string // https
+	JWKSFile        string // absolute path
+	JWKS            []byte // a JSON document, RFC 7517 section 5
+	Algorithms      []string
+	Audiences       []string // nil: whatever rules ask for
+	MaxLifetime     time.Duration
+	Types           []string // accepted typ values, at+jwt or JWT
+	Position        load.Position
+}
+
+// FullName returns NAMESPACE/NAME.
+func (i *Issuer) FullName() string { return i.Namespace + "/" + i.Name }
+
+// Model is a compiled RelationModel.
+type Model struct {
+	Namespace, Name string
+	// Text is the model in OpenFGA's language or as JSON, unread: its engine
+	// validates it. "" is the model that is built in.
+	Text     string
+	Position load.Position
+}
+
+// FullName returns NAMESPACE/NAME.
+func (m *Model) FullName() string { return m.Namespace + "/" + m.Name }
+
+// Tuple is one relation of a *.tuples.yaml file.
+type Tuple struct {
+	Model                  *Model // nil where the set has no RelationModel
+	User, Relation, Object string
+	Position               load.Position
+}
