@@ -35,18 +35,17 @@ func (t *Task) AdoptBy(fd int, deadline time.Time) (*Conn, error) {
 
 func (t *Task) adopt(fd int, deadline time.Time) (*Conn, error) {
 	e := t.l.e
-	c, err := t.l.r.add(fd, netip.AddrPort{})
+	err := unix.SetNonblock(fd, true)
+	var c *Conn
 	if err == nil {
-		c.adopted = true
-		if err = unix.SetNonblock(fd, true); err != nil {
-			c.destroy()
-			return nil, err
-		}
-	} else {
+		c, err = t.l.r.add(fd, netip.AddrPort{})
+	}
+	if err != nil {
 		sysClose(fd)
 		e.connGone()
 		return nil, err
 	}
+	c.adopted = true
 	t.own(c)
 	if err := t.connected(c, e.at(deadline)); err != nil {
 		if !c.closed {
@@ -54,8 +53,7 @@ func (t *Task) adopt(fd int, deadline time.Time) (*Conn, error) {
 		}
 		return nil, err
 	}
-	// A socket that is not TCP has none.
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	tune(fd)
 	return c, nil
 }
 

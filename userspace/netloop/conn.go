@@ -53,6 +53,7 @@ type Conn struct {
 	progress int64 // when the peer last took something, while stall runs
 	stall    timer
 	relay    *relay
+	notify   *Event
 
 	ready      bool // a read may find something
 	full       bool // the socket takes no more for now
@@ -64,6 +65,7 @@ type Conn struct {
 	gone       bool // the descriptor is closed
 	dirty      bool // in reactor.dirty
 	nopark     bool // Read returns errAgain instead of parking
+	idle       bool // SetIdle
 	adopted    bool
 	connecting bool // reader waits for the peer
 	writing    bool // goroutine engine: its writer runs
@@ -519,6 +521,9 @@ func (c *Conn) abort(cause error) {
 
 // wakeAll lets every task parked on the connection see what became of it.
 func (c *Conn) wakeAll() {
+	if c.notify != nil {
+		c.notify.Broadcast()
+	}
 	if c.reader != nil {
 		c.reader.wake(nil)
 	}
@@ -553,6 +558,9 @@ func (c *Conn) destroy() {
 func (c *Conn) event(events uint32) {
 	const ended = unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR
 	if events&ended != 0 {
+		if !c.hup && c.notify != nil {
+			c.notify.Broadcast()
+		}
 		c.hup = true
 	}
 	if events&(unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -595,7 +603,46 @@ func (c *Conn) Quiet() bool {
 	if c.nc != nil {
 		return !c.closed && c.werr == nil && !c.pollPlain(unix.POLLIN|unix.POLLRDHUP)
 	}
-	return !c.ready && !c.hup && !c.closed && c.rerr == nil && c.werr == nil && len(c.ahead) == 0
+	if c.hup || c.closed || c.rerr != nil || c.werr != nil || len(c.ahead) > 0 {
+		return false
+	}
+	if c.ready && !sysPeek(c.fd) {
+		c.ready = false // the last read took exactly what there was
+	}
+	return !c.ready
+}
+
+// Notify has ev broadcast when the peer hangs up and when the connection is closed or killed, for a task that waits for ev and
+// would not see it otherwise; nil ends that. The goroutine engine sees no hang-up.
+func (c *Conn) Notify(ev *Event) { c.notify = ev }
+
+// SetIdle says that nothing is lost if the connection is closed now, as between two requests: Shutdown then closes it.
+func (c *Conn) SetIdle(idle bool) {
+	c.idle = idle
+	if c.l.e.draining.Load() {
+		c.closeIdle()
+	}
+}
+
+func (c *Conn) closeIdle() {
+	if c.idle && !c.closed && (c.nc != nil || !c.ready) {
+		_ = c.Close()
+	}
+}
+
+// Linger ends the sending side, drops what the peer still sends until its end, limit bytes or d, and closes. It is how to refuse a
+// peer in the middle of what it says: closing with input unread would reset the connection, and the refusal could be lost.
+func (c *Conn) Linger(d time.Duration, limit int) error {
+	t := c.l.current()
+	err := errors.Join(c.SetDeadline(time.Now().Add(d)), c.CloseWrite())
+	buf := t.Buffer()
+	defer t.Release(buf)
+	for err == nil && limit > 0 {
+		var n int
+		n, err = c.Read(buf[:min(len(buf), limit)])
+		limit -= n
+	}
+	return c.Close()
 }
 
 // SetDeadline sets both deadlines; the zero time is none.

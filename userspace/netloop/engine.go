@@ -13,6 +13,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -146,10 +148,12 @@ type Listener struct {
 	addr netip.AddrPort
 	net  net.Listener // goroutine engine
 
-	mu     sync.Mutex // held while accepting, so that Close returns with the descriptor closed and not in use
-	closed bool
-	fd     int
-	r      *reactor
+	mu      sync.Mutex // held while accepting, so that Close returns with the descriptor closed and not in use
+	closed  bool
+	paused  bool // not accepting for a while
+	starved bool // the last accept failed for want of descriptors or memory
+	fd      int
+	r       *reactor
 }
 
 // Serve accepts from the listening socket fd, which it duplicates and makes non-blocking, and runs h for each connection in
@@ -159,6 +163,11 @@ func (e *Engine) Serve(fd int, h func(*Task, *Conn)) (*Listener, error) {
 	defer e.mu.Unlock()
 	if e.closing || e.draining.Load() {
 		return nil, fmt.Errorf("serve descriptor %d: %w", fd, ErrClosed)
+	}
+	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil {
+		return nil, fmt.Errorf("serve descriptor %d: %w", fd, err)
+	} else if n == 0 {
+		return nil, fmt.Errorf("serve descriptor %d: not a listening socket", fd)
 	}
 	ln := &Listener{e: e, h: h, fd: -1}
 	open := e.listenPlain
@@ -195,7 +204,16 @@ func (ln *Listener) Close() error {
 }
 
 // Go runs f as a task of the least loaded loop. After Close it does nothing.
-func (e *Engine) Go(f func(*Task)) { e.leastLoaded(nil).post(f) }
+func (e *Engine) Go(f func(*Task)) {
+	l := e.leastLoaded(nil)
+	l.load.Add(1) // at once, else a burst would all go to one loop
+	l.system(func(l *loop) {
+		l.load.Add(-1)
+		if !l.stopping {
+			l.spawn(f)
+		}
+	})
+}
 
 // Post runs f as a task of the given loop (0 to Loops()-1). It may be called from any goroutine and task, never runs f before
 // it returns, and does nothing after Close.
@@ -231,11 +249,14 @@ func (e *Engine) Stats() Stats {
 // Draining says whether Shutdown or Close was called; code that serves one request after another ends after the current one.
 func (e *Engine) Draining() bool { return e.draining.Load() }
 
-// Shutdown closes the listeners, waits until all tasks and connections have ended or ctx has, then closes the engine. It
-// returns ctx's error if something was cut off.
+// Shutdown closes the listeners and the connections marked by Conn.SetIdle, waits until all tasks and connections have ended or
+// ctx has, then closes the engine. It returns ctx's error if something was cut off.
 func (e *Engine) Shutdown(ctx context.Context) error {
 	e.draining.Store(true)
 	e.closeListeners()
+	for _, l := range e.loops {
+		l.system(func(l *loop) { l.eachConn((*Conn).closeIdle) })
+	}
 	var err error
 	for err == nil && (e.tasks.Load() > 0 || e.conns.Load() > 0) {
 		select {

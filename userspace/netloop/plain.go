@@ -82,6 +82,7 @@ func (e *Engine) listenPlain(ln *Listener, fd int) error {
 	}
 	f := os.NewFile(uintptr(own), "listener")
 	defer f.Close()
+	tune(own)
 	if ln.net, err = net.FileListener(f); err != nil {
 		return err
 	}
@@ -99,13 +100,14 @@ func (ln *Listener) acceptPlain() {
 		case errors.Is(err, net.ErrClosed):
 			return
 		case err != nil:
-			ln.e.log.Warn("cannot accept", "address", ln.addr, "error", err, "retry", acceptPause)
+			ln.cannotAccept(err)
 			time.Sleep(acceptPause)
 			continue
 		case !ln.e.admit():
 			nc.Close()
 			continue
 		}
+		ln.starved = false
 		l := ln.e.leastLoaded(nil)
 		l.enter(nil)
 		if c := l.addPlain(nc); c != nil {
@@ -142,11 +144,28 @@ func unmapped(a *net.TCPAddr) netip.AddrPort {
 
 func (t *Task) adoptPlain(fd int, deadline time.Time) (c *Conn, err error) {
 	l := t.l
+	if err := unix.SetNonblock(fd, true); err != nil {
+		sysClose(fd)
+		l.e.connGone()
+		return nil, err
+	}
+	tune(fd)
+	f := os.NewFile(uintptr(fd), "socket")
+	defer f.Close()
+	t.interrupt = func() { _ = f.SetWriteDeadline(time.Unix(1, 0)) }
+	if err = f.SetWriteDeadline(deadline); err != nil {
+		l.e.connGone()
+		return nil, err
+	}
 	l.leave(t)
-	nc, err := connectedPlain(fd, deadline)
+	nc, err := connectedPlain(f)
 	l.enter(t)
+	t.interrupt = nil
 	if err != nil {
 		l.e.connGone()
+		if l.stopping {
+			err = ErrClosed
+		}
 		return nil, err
 	}
 	if c = l.addPlain(nc); c == nil {
@@ -157,16 +176,7 @@ func (t *Task) adoptPlain(fd int, deadline time.Time) (c *Conn, err error) {
 }
 
 // connectedPlain waits for a connecting socket.
-func connectedPlain(fd int, deadline time.Time) (net.Conn, error) {
-	if err := unix.SetNonblock(fd, true); err != nil {
-		sysClose(fd)
-		return nil, err
-	}
-	f := os.NewFile(uintptr(fd), "socket")
-	defer f.Close()
-	if err := f.SetWriteDeadline(deadline); err != nil {
-		return nil, err
-	}
+func connectedPlain(f *os.File) (net.Conn, error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return nil, err

@@ -4,7 +4,6 @@ package netloop
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"iter"
 	"net/netip"
@@ -407,11 +406,6 @@ func (l *loop) eachConn(f func(*Conn)) {
 }
 
 func (e *Engine) listenReactor(ln *Listener, fd int) error {
-	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil {
-		return err
-	} else if n == 0 {
-		return errors.New("not a listening socket")
-	}
 	own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("duplicate: %w", err)
@@ -420,8 +414,7 @@ func (e *Engine) listenReactor(ln *Listener, fd int) error {
 		sysClose(own)
 		return fmt.Errorf("make non-blocking: %w", err)
 	}
-	// Inherited by what is accepted; a socket that is not TCP has none.
-	_ = unix.SetsockoptInt(own, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	tune(own) // inherited by what is accepted
 	ln.addr, _ = sysName(unix.SYS_GETSOCKNAME, own)
 	ln.fd, ln.r = own, e.leastLoaded(nil).r
 	ln.r.l.load.Add(1)
@@ -473,28 +466,44 @@ func (r *reactor) acceptSome(ln *Listener) bool {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	for range acceptBatch {
-		if ln.closed {
+		if ln.closed || ln.paused {
 			return false
 		}
 		fd, remote, e := sysAccept(ln.fd)
 		switch e {
 		case 0:
+			ln.starved = false
 			r.place(ln, fd, remote)
 		case syscall.EAGAIN:
 			return false
 		case syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM:
 			// The queue stays full, so there would be no end of trying.
-			r.l.e.log.Warn("cannot accept", "address", ln.addr, "error", e, "retry", acceptPause)
+			ln.cannotAccept(e)
+			ln.paused = true
 			r.l.spawn(func(t *Task) {
-				if t.Sleep(acceptPause) == nil {
-					r.accepting = append(r.accepting, ln)
-				}
+				_ = t.Sleep(acceptPause)
+				ln.resume()
+				r.accepting = append(r.accepting, ln)
 			})
 			return false
 		}
 		// Anything else concerns the connection that was to be accepted (accept(2), "Error handling").
 	}
 	return true
+}
+
+// cannotAccept logs the first of a series of failures.
+func (ln *Listener) cannotAccept(err error) {
+	if !ln.starved {
+		ln.starved = true
+		ln.e.log.Warn("cannot accept; trying again", "address", ln.addr, "error", err, "every", acceptPause)
+	}
+}
+
+func (ln *Listener) resume() {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	ln.paused = false
 }
 
 // place gives an accepted connection to the least loaded loop.
@@ -509,7 +518,11 @@ func (r *reactor) place(ln *Listener, fd int, remote netip.AddrPort) {
 		to.serve(ln.h, fd, remote)
 		return
 	}
-	if !to.r.post(func(l *loop) { l.serve(ln.h, fd, remote) }) {
+	to.load.Add(1) // at once, else a burst would all go to one loop
+	if !to.r.post(func(l *loop) {
+		l.load.Add(-1)
+		l.serve(ln.h, fd, remote)
+	}) {
 		sysClose(fd)
 		e.connGone()
 	}

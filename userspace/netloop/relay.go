@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"time"
 )
 
@@ -109,6 +110,7 @@ type relay struct {
 type half struct {
 	src, dst Stream
 	from, to *Conn
+	other    *half
 	moved    int64
 	ended    bool // src is at its end, and dst was told
 }
@@ -120,6 +122,7 @@ func (p *relay) wait() error {
 		return ErrBusy
 	}
 	a.relay, b.relay = p, p
+	p.half[0].other, p.half[1].other = &p.half[1], &p.half[0]
 	p.timer.relay = p
 	p.last = p.r.now
 	if p.idle > 0 {
@@ -180,10 +183,16 @@ func (p *relay) run() {
 // move does one large read and one write. Under TLS the read is one from the socket, and the records in it are opened one after the
 // other into the same buffer.
 func (p *relay) move(h *half) error {
-	if h.to.werr != nil && !(h.ended && h.to.fin) {
+	if h.ended {
+		return nil
+	}
+	if h.to.werr != nil {
 		return h.to.werr
 	}
-	if h.ended || h.to.pending() > p.t.l.e.opt.WriteLimit {
+	if h.to.broken && h.other.ended {
+		return syscall.EPIPE // the reading of it, which would find the error, is over
+	}
+	if h.to.pending() > p.t.l.e.opt.WriteLimit {
 		return nil
 	}
 	buf := p.r.relayBuffer()

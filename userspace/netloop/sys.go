@@ -58,6 +58,22 @@ func sysAccept(fd int) (int, netip.AddrPort, syscall.Errno) {
 	}
 }
 
+// sysPeek says whether a read would find data, the end or an error.
+func sysPeek(fd int) bool {
+	var b [1]byte
+	_, _, e := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b)), 1, unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
+	return e != syscall.EAGAIN
+}
+
+const keepAliveIdle = 60 // seconds of silence after which a peer is probed
+
+// tune sets what every TCP connection gets. Sockets of other families have no such options.
+func tune(fd int) {
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepAliveIdle)
+}
+
 func sysClose(fd int) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
 
 // sysName calls getsockname or getpeername.

@@ -36,6 +36,7 @@ type Task struct {
 	f          func(*Task)
 	w          *worker    // epoll engine, once it has started
 	wakeup     chan error // goroutine engine
+	interrupt  func()     // goroutine engine: ends a wait for a connection
 	prev, next *Task      // loop.all
 	conns      []*Conn    // owned
 	timer      timer
@@ -161,6 +162,9 @@ func (l *loop) stop() {
 	l.stopping = true
 	l.eachConn(func(c *Conn) { c.abort(ErrClosed) })
 	for t := l.all; t != nil; t = t.next {
+		if t.interrupt != nil {
+			t.interrupt()
+		}
 		t.wake(ErrClosed)
 	}
 }
@@ -267,6 +271,9 @@ func (t *Task) WaitUntil(ev *Event, deadline time.Time) error {
 }
 
 func (t *Task) waitIn(q *queue, deadline int64) error {
+	if q.head != nil && q.head.l != t.l {
+		panic("netloop: tasks of two loops wait for one event")
+	}
 	q.push(t)
 	err := t.park(deadline)
 	if t.queue != nil { // not parked at all: the engine is closing
