@@ -145,7 +145,7 @@ func parseRelation(s string) (*Relation, error) {
 	if len(fields) != 3 {
 		return nil, fmt.Errorf("%q is not USER RELATION OBJECT, such as \"user:{token.sub} can_pay account:{header.X-Account}\"", s)
 	}
-	if !isIdentifier(strings.ReplaceAll(fields[1], "-", "_")) {
+	if !isRelationName(fields[1]) {
 		return nil, fmt.Errorf("%q is not the name of a relation", fields[1])
 	}
 	user, err := parseTemplate(fields[0])
@@ -161,7 +161,7 @@ func parseRelation(s string) (*Relation, error) {
 
 func parseTemplate(s string) (Template, error) {
 	typ, rest, ok := strings.Cut(s, ":")
-	if !ok || rest == "" || !isIdentifier(strings.ReplaceAll(typ, "-", "_")) {
+	if !ok || rest == "" || !isRelationName(typ) {
 		return Template{}, fmt.Errorf("%q is not TYPE:NAME", s)
 	}
 	t := Template{parts: []part{{literal: typ + ":"}}}

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compile
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
+)
+
+// DefaultTrustDomain is that of a node that names none.
+const DefaultTrustDomain = "sallyport.local"
+
+// Options are what a plan depends on besides the documents.
+type Options struct {
+	// TrustDomain is the node's own; every identity must be of it. Empty, as
+	// in a validation away from any node, any will do.
+	TrustDomain string
+	// Node is the node's name, which derived IDs hold; "localhost" if empty.
+	Node string
+	// Now tells which identities have expired; time.Now if nil.
+	Now func() time.Time
+}
+
+// Build loads and compiles a set of files. With errors among the problems
+// there is no plan.
+func Build(files []load.File, opt Options) (*Plan, []load.Problem) {
+	set, problems := load.Load(files)
+	plan, more := Compile(set, opt)
+	problems = load.Sort(append(problems, more...))
+	if load.HasErrors(problems) {
+		return nil, problems
+	}
+	return plan, problems
+}
+
+// Compile compiles a set that was loaded. With errors among the problems
+// there is no plan. It may be asked of a set with errors, to find what else
+// is wrong with it.
+func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
+	c := &compiler{
+		set: set, trustDomain: cmp.Or(opt.TrustDomain, DefaultTrustDomain), anyDomain: opt.TrustDomain == "",
+		node: cmp.Or(opt.Node, "localhost"), now: time.Now(),
+		identities: make(map[string]*Identity), issuers: make(map[string]*Issuer), models: make(map[string]*Model),
+		names: make(map[reference]map[string][]string),
+	}
+	if opt.Now != nil {
+		c.now = opt.Now()
+	}
+	c.plan = &Plan{
+		digest: set.Digest, nodePrefix: "spiffe://" + c.trustDomain + "/node/",
+		byID: make(map[string]*Identity), byTail: make(map[string]*Identity),
+		claims: make(map[netip.AddrPort]*Identity), byPort: make(map[apiKey]*API),
+	}
+	if !isTrustDomain(c.trustDomain) || !isPathSegment(c.node) {
+		c.report.Errorf(load.Position{}, "trust domain %q or node %q has characters that a SPIFFE ID cannot hold", c.trustDomain, c.node)
+	}
+	c.compileIdentities()
+	c.compileIssuers()
+	c.compileModels()
+	c.compileTuples()
+	c.compilePolicies()
+	if c.report.Failed() {
+		return nil, c.report.Problems()
+	}
+	return c.plan, c.report.Problems()
+}
+
+type compiler struct {
+	set         *load.Set
+	report      load.Report
+	plan        *Plan
+	trustDomain string
+	anyDomain   bool
+	node        string
+	now         time.Time
+	identities  map[string]*Identity // by NAMESPACE/NAME
+	issuers     map[string]*Issuer
+	models      map[string]*Model
+	names       map[reference]map[string][]string // by kind and namespace; "" has the full names
+	entries     int                               // in all trees
+	conditions  map[string]*compiled
+}
+
+type reference string
+
+const (
+	toIdentity reference = v1alpha1.KindMachineIdentity
+	toIssuer   reference = v1alpha1.KindTokenIssuer
+	toModel    reference = v1alpha1.KindRelationModel
+)
+
+// declare enters a name for suggestions.
+func (c *compiler) declare(kind reference, namespace, name string) {
+	m := c.names[kind]
+	if m == nil {
+		m = make(map[string][]string)
+		c.names[kind] = m
+	}
+	m[namespace] = append(m[namespace], name)
+	m[""] = append(m[""], namespace+"/"+name)
+}
+
+func fullName(namespace, ref string) string {
+	if strings.Contains(ref, "/") {
+		return ref
+	}
+	return namespace + "/" + ref
+}
+
+// dangling reports a reference that leads nowhere; a set of which parts
+// could not be read has worse problems.
+func (c *compiler) dangling(pos load.Position, field string, kind reference, namespace, ref string) {
+	if c.set.Incomplete {
+		c.report.Errorf(pos, "%s: no %s %q among the documents that could be read", field, kind, ref)
+		return
+	}
+	if strings.Contains(ref, "/") {
+		c.report.Errorf(pos, "%s: no %s %q%s", field, kind, ref, c.report.Suggest(ref, c.names[kind][""]))
+		return
+	}
+	hint := c.report.Suggest(ref, c.names[kind][namespace])
+	if hint == "" {
+		for _, full := range c.names[kind][""] {
+			if _, name, _ := strings.Cut(full, "/"); name == ref {
+				hint = fmt.Sprintf(" (did you mean %q?)", full)
+				break
+			}
+		}
+	}
+	c.report.Errorf(pos, "%s: no %s %q in namespace %s%s", field, kind, ref, namespace, hint)
+}
+
+// identityRefs resolves a list of references to identities, each once.
+func (c *compiler) identityRefs(d *load.Document, field, namespace string, refs []string, path ...any) []*Identity {
+	var out []*Identity
+	seen := make(map[*Identity]bool, len(refs))
+	for i, ref := range refs {
+		pos := func() load.Position { return d.At(append(slices.Clone(path), i)...) }
+		if ref == "" {
+			c.report.Errorf(pos(), "%s: a name is empty", field)
+			continue
+		}
+		id := c.identities[fullName(namespace, ref)]
+		switch {
+		case id == nil:
+			c.dangling(pos(), field, toIdentity, namespace, ref)
+		case seen[id]:
+			c.report.Errorf(pos(), "%s: %q is there twice", field, ref)
+		default:
+			seen[id] = true
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+func byName[T interface{ FullName() string }](list []T) {
+	slices.SortFunc(list, func(a, b T) int { return cmp.Compare(a.FullName(), b.FullName()) })
+}

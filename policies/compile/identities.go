@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compile
+
+import (
+	"net/netip"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+const (
+	maxSpiffeID   = 2048 // bytes, SPIFFE-ID section 2.3
+	expiryWarning = 30 * 24 * time.Hour
+)
+
+type identityDoc = load.Doc[v1alpha1.MachineIdentity]
+
+// compileIdentities makes all identities, then what they say of each other.
+func (c *compiler) compileIdentities() {
+	docs := make(map[*Identity]*identityDoc, len(c.set.Identities))
+	for _, d := range c.set.Identities {
+		id := c.identity(d)
+		docs[id] = d
+		c.identities[id.fullName] = id
+		c.declare(toIdentity, id.Namespace, id.Name)
+		c.plan.identities = append(c.plan.identities, id)
+	}
+	byName(c.plan.identities)
+	c.checkIDs(docs)
+	c.checkSelectors(docs)
+	for _, id := range c.plan.identities {
+		d := docs[id]
+		id.MayCall = c.identityRefs(&d.Document, "mayCall", id.Namespace, d.Value.Spec.MayCall, "spec", "mayCall")
+		byName(id.MayCall)
+		id.mayCall = make(map[*Identity]struct{}, len(id.MayCall))
+		for _, callee := range id.MayCall {
+			id.mayCall[callee] = struct{}{}
+		}
+		c.endpoints(id, d, docs)
+	}
+}
+
+func (c *compiler) identity(d *identityDoc) *Identity {
+	spec := &d.Value.Spec
+	id := &Identity{
+		Namespace: d.Namespace, Name: d.Name, fullName: d.FullName(), Owner: spec.Owner, Position: d.Position(),
+		Mode: mode(spec.Mode),
+	}
+	if spec.Owner != "" && strings.TrimSpace(spec.Owner) == "" {
+		c.report.Errorf(d.At("spec", "owner"), "owner: is blank")
+	}
+	if spec.Expires != nil {
+		id.Expires = time.Time(*spec.Expires)
+		switch pos := d.At("spec", "expires"); {
+		case id.Expired(c.now):
+			c.report.Warnf(pos, "expires: %s has expired: it is denied", id.fullName)
+		case id.Expired(c.now.Add(expiryWarning)):
+			c.report.Warnf(pos, "expires: %s expires in less than 30 days; then it is denied", id.fullName)
+		}
+	}
+	c.selector(id, d)
+	c.egress(id, d)
+	c.spiffeID(id, d)
+	return id
+}
+
+// mode returns the mode that a document says, audit if it says none.
+func mode(s string) flow.Mode {
+	if m, ok := flow.ParseMode(s); ok {
+		return m
+	}
+	return flow.ModeAudit
+}
+
+func (c *compiler) spiffeID(id *Identity, d *identityDoc) {
+	explicit := d.Value.Spec.SpiffeID
+	if _, written := d.Lookup("spec", "spiffeID"); written {
+		if why := c.checkSpiffeID(explicit); why != "" {
+			c.report.Errorf(d.At("spec", "spiffeID"), "spiffeID: %s", why)
+		}
+		id.ID = explicit
+		return
+	}
+	id.Derived = true
+	tail := "ns/" + id.Namespace + "/" + id.Name
+	if s := id.Selector; s != nil && s.SystemdUnit != "" {
+		if !isPathSegment(s.SystemdUnit) {
+			c.report.Errorf(d.At("spec", "select", "systemd", "unit"),
+				"unit: %q has characters that a SPIFFE ID cannot hold; set spiffeID", s.SystemdUnit)
+		}
+		tail = "unit/" + s.SystemdUnit
+	}
+	id.ID = c.plan.nodePrefix + c.node + "/" + tail
+}
+
+// tail returns what follows the node's name in a derived ID.
+func (c *compiler) tail(id string) (string, bool) {
+	rest, ok := strings.CutPrefix(id, c.plan.nodePrefix)
+	if !ok {
+		return "", false
+	}
+	_, tail, ok := strings.Cut(rest, "/")
+	return tail, ok
+}
+
+func (c *compiler) checkSpiffeID(s string) string {
+	rest, ok := strings.CutPrefix(s, "spiffe://")
+	if !ok {
+		return "does not begin with spiffe://"
+	}
+	if len(s) > maxSpiffeID {
+		return "is longer than 2048 bytes"
+	}
+	domain, p, ok := strings.Cut(rest, "/")
+	if !ok {
+		return "has no path: it would be the trust domain itself"
+	}
+	if !isTrustDomain(domain) {
+		return "has a trust domain with other characters than a-z, 0-9, -, . and _"
+	}
+	if !c.anyDomain && domain != c.trustDomain {
+		return "is of trust domain " + domain + ", this node is of " + c.trustDomain
+	}
+	for _, segment := range strings.Split(p, "/") {
+		if !isPathSegment(segment) {
+			return "has a path with an empty or dot segment, or with other characters than letters, digits, -, . and _"
+		}
+	}
+	return ""
+}
+
+func isTrustDomain(s string) bool {
+	return s != "" && len(s) <= 255 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-._") == ""
+}
+
+func isPathSegment(s string) bool {
+	if s == "" || s == "." || s == ".." {
+		return false
+	}
+	for i := range len(s) {
+		if !isAlnum(s[i]) && s[i] != '-' && s[i] != '.' && s[i] != '_' {
+			return false
+		}
+	}
+	return true
+}
+
+// checkIDs refuses two identities of one ID, on this node or on any other.
+func (c *compiler) checkIDs(docs map[*Identity]*identityDoc) {
+	for _, id := range c.plan.identities {
+		key, index := id.ID, c.plan.byID
+		if id.Derived {
+			key, _ = c.tail(id.ID)
+			index = c.plan.byTail
+		}
+		if other := index[key]; other != nil {
+			c.report.Errorf(docs[id].Position(), "%s has the same ID as %s at %s: %s", id.fullName, other.fullName, other.Position, id.ID)
+			continue
+		}
+		index[key] = id
+	}
+	for _, id := range c.plan.identities {
+		if tail, ok := c.tail(id.ID); ok && !id.Derived {
+			if other := c.plan.byTail[tail]; other != nil {
+				c.report.Errorf(docs[id].At("spec", "spiffeID"), "spiffeID: is what %s at %s derives on that node", other.fullName, other.Position)
+			}
+		}
+	}
+}
+
+func (c *compiler) selector(id *Identity, d *identityDoc) {
+	s := d.Value.Spec.Select
+	if s == nil {
+		if _, written := d.Lookup("spec", "select"); !written && d.Value.Spec.SpiffeID == "" {
+			c.report.Errorf(d.Key("spec"), "select is missing: say how the workload is recognised, or give its spiffeID if it runs elsewhere")
+		}
+		return
+	}
+	out := &Selector{}
+	if s.UID != nil {
+		out.UID, out.HasUID = *s.UID, true
+	}
+	if s.Process != nil {
+		out.ProcessBinary = s.Process.Binary
+		if b := out.ProcessBinary; b != "" && (!path.IsAbs(b) || path.Clean(b) != b) {
+			c.report.Errorf(d.At("spec", "select", "process", "binary"), "binary: %q is not a clean absolute path", b)
+		}
+	}
+	key := d.Key("spec", "select")
+	switch {
+	case s.Systemd != nil && s.Cgroup != nil:
+		c.report.Errorf(key, "select: systemd and cgroup both name a cgroup; keep one")
+	case s.Systemd != nil:
+		out.SystemdUnit = s.Systemd.Unit
+		c.unit(d, s.Systemd.Unit)
+	case s.Cgroup != nil:
+		out.CgroupPath = s.Cgroup.Path
+		if p := s.Cgroup.Path; p != "" && (!path.IsAbs(p) || path.Clean(p) != p || p == "/" || len(p) > 4095) {
+			c.report.Errorf(d.At("spec", "select", "cgroup", "path"), "path: %q is not a clean absolute path beneath the cgroup root", p)
+		}
+	case s.UID != nil || s.Process != nil:
+		c.report.Errorf(key, "select: uid and process only narrow a systemd unit or a cgroup down; add one")
+	case !d.Empty("spec", "select"): // what is there was reported
+	default:
+		c.report.Errorf(key, "select: empty would match every workload; name a systemd unit or a cgroup")
+	}
+	id.Selector = out
+}
+
+func (c *compiler) unit(d *identityDoc, unit string) {
+	if unit == "" {
+		return // missing, and reported
+	}
+	stem, service := strings.CutSuffix(unit, ".service")
+	if !service {
+		var scope bool
+		if stem, scope = strings.CutSuffix(unit, ".scope"); !scope {
+			c.report.Errorf(d.At("spec", "select", "systemd", "unit"), "unit: %q is not the full name of a service or a scope, such as checkout.service", unit)
+			return
+		}
+	}
+	valid := stem != "" && len(unit) <= 255
+	for i := range len(stem) {
+		valid = valid && (isAlnum(stem[i]) || strings.IndexByte(`:-_.\@`, stem[i]) >= 0)
+	}
+	if !valid {
+		c.report.Errorf(d.At("spec", "select", "systemd", "unit"), "unit: %q is not the name of a unit", unit)
+	}
+}
+
+// checkSelectors refuses identities that would match one workload: it would
+// be denied as either.
+func (c *compiler) checkSelectors(docs map[*Identity]*identityDoc) {
+	places := make(map[string][]*Identity)
+	for _, id := range c.plan.identities {
+		if p := id.Selector.place(); p != "" {
+			places[p] = append(places[p], id)
+		}
+	}
+	for _, id := range c.plan.identities {
+		own := id.Selector.place()
+		for p := own; p != "" && p != "/" && p != "."; p = path.Dir(p) {
+			for _, other := range places[p] {
+				if other == id || p == own && other.fullName > id.fullName || !id.Selector.meets(other.Selector) {
+					continue
+				}
+				c.report.Errorf(docs[id].Key("spec", "select"), "select: a workload of %s would also match %s at %s, and be denied as either",
+					id.fullName, other.fullName, other.Position)
+			}
+			if p[0] != '/' {
+				break
+			}
+		}
+	}
+}
+
+// place is the selected unit, or the selected cgroup.
+func (s *Selector) place() string {
+	if s == nil {
+		return ""
+	}
+	if s.SystemdUnit != "" {
+		return s.SystemdUnit
+	}
+	return s.CgroupPath
+}
+
+// meets says whether one process could be of both, its place left aside.
+func (s *Selector) meets(o *Selector) bool {
+	if s.HasUID && o.HasUID && s.UID != o.UID {
+		return false
+	}
+	return s.ProcessBinary == "" || o.ProcessBinary == "" || s.ProcessBinary == o.ProcessBinary
+}
+
+func (c *compiler) endpoints(id *Identity, d *identityDoc, docs map[*Identity]*identityDoc) {
+	for i, text := range d.Value.Spec.Endpoints {
+		pos := func() load.Position { return d.At("spec", "endpoints", i) }
+		a, err := netip.ParseAddrPort(text)
+		switch {
+		case err != nil:
+			c.report.Errorf(pos(), "endpoints: %q is not IP:PORT, such as 10.0.0.11:8080 or [fd00::11]:8080", text)
+			continue
+		case a.Port() == 0 || a.Addr().IsUnspecified() || a.Addr().IsMulticast() || a.Addr().Zone() != "":
+			c.report.Errorf(pos(), "endpoints: %q is not the address of one server", text)
+			continue
+		}
+		a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+		if other := c.plan.claims[a]; other != nil {
+			c.report.Errorf(pos(), "endpoints: %s is already that of %s at %s", a, other.fullName, docs[other].Key("spec", "endpoints"))
+			continue
+		}
+		c.plan.claims[a] = id
+		id.Endpoints = append(id.Endpoints, a)
+	}
+}
+
+func (c *compiler) egress(id *Identity, d *identityDoc) {
+	for i, e := range d.Value.Spec.Egress {
+		prefix, err := netip.ParsePrefix(e.CIDR)
+		switch {
+		case e.CIDR == "":
+			continue // missing, and reported
+		case err != nil:
+			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: %q is not ADDRESS/BITS, such as 10.9.0.0/16", e.CIDR)
+			continue
+		case prefix.Addr().Is4In6():
+			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: write %q as IPv4", e.CIDR)
+			continue
+		case prefix.Masked() != prefix:
+			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: %q has bits beyond its length; did you mean %q?", e.CIDR, prefix.Masked())
+			continue
+		}
+		ports := c.ports(&d.Document, e.Ports, "spec", "egress", i, "ports")
+		id.Egress = append(id.Egress, Egress{Prefix: prefix, Ports: ports})
+	}
+}
+
+// ports checks a list of ports and returns it in ascending order.
+func (c *compiler) ports(d *load.Document, ports []uint16, path ...any) []uint16 {
+	seen := make(map[uint16]bool, len(ports))
+	for i, p := range ports {
+		at := append(slices.Clone(path), i)
+		if p == 0 {
+			if d.Text(at...) == "0" { // else it was no number, and reported
+				c.report.Errorf(d.At(at...), "ports: 0 is not a port")
+			}
+			continue
+		}
+		if seen[p] {
+			c.report.Errorf(d.At(at...), "ports: %d is there twice", p)
+		}
+		seen[p] = true
+	}
+	out := slices.Sorted(slices.Values(ports))
+	return slices.Compact(out)
+}

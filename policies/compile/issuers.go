@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compile
+
+import (
+	"encoding/json"
+	"net/url"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
+)
+
+const (
+	defaultLifetime = 15 * time.Minute
+	maxLifetime     = 24 * time.Hour
+	maxIssuer       = 512 // bytes of an iss value
+	maxJWKS         = 64  // keys, as in userspace/token
+)
+
+func (c *compiler) compileIssuers() {
+	byURL := make(map[string]*Issuer)
+	for _, d := range c.set.Issuers {
+		spec := &d.Value.Spec
+		i := &Issuer{
+			Namespace: d.Namespace, Name: d.Name, URL: spec.Issuer, Algorithms: spec.Algorithms, Audiences: spec.Audiences,
+			MaxLifetime: defaultLifetime, Types: spec.Typ, Position: d.Position(),
+		}
+		if spec.MaxLifetime != nil {
+			if i.MaxLifetime = time.Duration(*spec.MaxLifetime); i.MaxLifetime > maxLifetime {
+				c.report.Errorf(d.At("spec", "maxLifetime"), "maxLifetime: is more than 24h")
+			}
+		}
+		if len(i.Types) == 0 {
+			i.Types = []string{"at+jwt"}
+		}
+		c.distinct(&d.Document, "algorithms", spec.Algorithms)
+		c.distinct(&d.Document, "audiences", spec.Audiences)
+		c.distinct(&d.Document, "typ", spec.Typ)
+		switch other := byURL[i.URL]; {
+		case i.URL == "":
+			c.empty(&d.Document, "issuer", "spec", "issuer")
+		case len(i.URL) > maxIssuer || strings.ContainsAny(i.URL, " \t\n"):
+			c.report.Errorf(d.At("spec", "issuer"), "issuer: is not the iss of a token: at most %d characters without white space", maxIssuer)
+		case other != nil:
+			c.report.Errorf(d.At("spec", "issuer"), "issuer: %s is already that of %s at %s", i.URL, other.FullName(), other.Position)
+		default:
+			byURL[i.URL] = i
+		}
+		c.jwks(i, d)
+		c.issuers[i.FullName()] = i
+		c.declare(toIssuer, i.Namespace, i.Name)
+		c.plan.issuers = append(c.plan.issuers, i)
+	}
+	byName(c.plan.issuers)
+}
+
+// empty reports a text that is there without anything in it; one that is
+// missing was reported.
+func (c *compiler) empty(d *load.Document, field string, at ...any) {
+	if pos, ok := d.Lookup(at...); ok && d.Empty(at...) && d.Text(at...) == "" {
+		c.report.Errorf(pos, "%s: is empty", field)
+	}
+}
+
+// distinct refuses empty texts and repetitions in a list of the spec.
+func (c *compiler) distinct(d *load.Document, field string, list []string, at ...any) {
+	if len(at) == 0 {
+		at = []any{"spec", field}
+	}
+	seen := make(map[string]bool, len(list))
+	for i, s := range list {
+		pos := append(slices.Clone(at), i)
+		switch {
+		case s == "":
+			c.empty(d, field, pos...)
+		case seen[s]:
+			c.report.Errorf(d.At(pos...), "%s: %q is there twice", field, s)
+		}
+		seen[s] = true
+	}
+}
+
+func (c *compiler) jwks(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
+	j := &d.Value.Spec.JWKS
+	written := 0
+	for _, f := range [...]string{"url", "file", "keys"} {
+		if _, ok := d.Lookup("spec", "jwks", f); ok {
+			written++
+		}
+	}
+	if written != 1 {
+		if _, ok := d.Lookup("spec", "jwks"); ok {
+			c.report.Errorf(d.Key("spec", "jwks"), "jwks: want one of url, file and keys, got %d of them", written)
+		}
+		return
+	}
+	switch {
+	case j.URL != "":
+		i.JWKSURL = j.URL
+		u, err := url.Parse(j.URL)
+		if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" || len(j.URL) > 2048 {
+			c.report.Errorf(d.At("spec", "jwks", "url"), "url: is not an https:// URL without user and fragment")
+		}
+	case j.File != "":
+		i.JWKSFile = j.File
+		if !path.IsAbs(j.File) || path.Clean(j.File) != j.File {
+			c.report.Errorf(d.At("spec", "jwks", "file"), "file: %q is not a clean absolute path", j.File)
+		}
+	case len(j.Keys) > 0:
+		c.inlineKeys(i, d)
+	default:
+		for _, f := range [...]string{"url", "file"} {
+			c.empty(&d.Document, f, "spec", "jwks", f)
+		}
+	}
+}
+
+// privateMembers are those of a private or symmetric JWK, RFC 7518 sections
+// 6.2.2, 6.3.2 and 6.4.
+var privateMembers = []string{"d", "p", "q", "dp", "dq", "qi", "oth", "k"}
+
+func (c *compiler) inlineKeys(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
+	keys := d.Value.Spec.JWKS.Keys
+	if len(keys) > maxJWKS {
+		c.report.Errorf(d.At("spec", "jwks", "keys"), "keys: a set may have %d keys, this one has %d", maxJWKS, len(keys))
+		return
+	}
+	for n, k := range keys {
+		for _, m := range privateMembers {
+			if _, ok := k[m]; ok {
+				c.report.Errorf(d.Key("spec", "jwks", "keys", n, m), "keys: %q belongs to a private key; write the public key here and replace the key pair", m)
+			}
+		}
+		if kty, _ := k["kty"].(string); kty != "EC" && kty != "RSA" && kty != "OKP" {
+			c.report.Errorf(d.At("spec", "jwks", "keys", n), "keys: kty is not one of EC, RSA, OKP")
+		}
+	}
+	doc, err := json.Marshal(map[string]any{"keys": keys})
+	if err != nil {
+		c.report.Errorf(d.At("spec", "jwks", "keys"), "keys: %v", err)
+	}
+	i.JWKS = doc
+}
+
+func (c *compiler) compileModels() {
+	for _, d := range c.set.Models {
+		m := &Model{Namespace: d.Namespace, Name: d.Name, Text: d.Value.Spec.Model, Position: d.Position()}
+		_, hasModel := d.Lookup("spec", "model")
+		filePos, hasFile := d.Lookup("spec", "file")
+		at := "model"
+		switch {
+		case hasModel && hasFile:
+			c.report.Errorf(filePos, "file: there is a model as well; keep one")
+		case hasFile && d.Value.Spec.File != "":
+			m.Text = c.modelFile(d, filePos)
+			at = "file"
+		case hasFile:
+			c.empty(&d.Document, "file", "spec", "file")
+		}
+		if why := checkModel(m.Text); why != "" && (hasModel || m.Text != "") {
+			c.report.Errorf(d.At("spec", at), "%s: %s", at, why)
+		}
+		c.models[m.FullName()] = m
+		c.declare(toModel, m.Namespace, m.Name)
+		c.plan.models = append(c.plan.models, m)
+	}
+	byName(c.plan.models)
+}
+
+func (c *compiler) modelFile(d *load.Doc[v1alpha1.RelationModel], pos load.Position) string {
+	name := d.Value.Spec.File
+	if filepath.Base(name) != name || !strings.HasSuffix(name, ".fga") && !strings.HasSuffix(name, ".fga.json") {
+		c.report.Errorf(pos, "file: %q is not the name of a *.fga or *.fga.json file beside the policies", name)
+		return ""
+	}
+	text, ok := c.set.Texts[filepath.Join(d.Dir(), name)]
+	if !ok {
+		var names []string
+		for p := range c.set.Texts {
+			names = append(names, filepath.Base(p))
+		}
+		c.report.Errorf(pos, "file: there is no file %q beside the policies%s", name, c.report.Suggest(name, names))
+		return ""
+	}
+	if strings.TrimSpace(text) == "" {
+		c.report.Errorf(pos, "file: %q is empty", name)
+		return ""
+	}
+	return text
+}
+
+// checkModel tells a model from something else; whether it is a good one is
+// for its engine to say.
+func checkModel(text string) string {
+	trimmed := strings.TrimSpace(text)
+	if strings.HasPrefix(trimmed, "{") {
+		if !json.Valid([]byte(trimmed)) {
+			return "is not JSON"
+		}
+		return ""
+	}
+	for line := range strings.Lines(trimmed) {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		if line == "model" || strings.HasPrefix(line, "model ") || strings.HasPrefix(line, "model#") {
+			return ""
+		}
+		break
+	}
+	return `is neither JSON nor begins with "model"`
+}
+
+func (c *compiler) compileTuples() {
+	for _, d := range c.set.Tuples {
+		var m *Model
+		if ref := d.Value.Model; ref != "" {
+			if m = c.models[fullName(v1alpha1.DefaultNamespace, ref)]; m == nil {
+				c.dangling(d.At("model"), "model", toModel, v1alpha1.DefaultNamespace, ref)
+			}
+		} else if len(c.plan.models) == 1 {
+			m = c.plan.models[0]
+		} else {
+			c.report.Errorf(d.Position(), "model is missing: the set has %d RelationModels; write model: NAMESPACE/NAME and the list under tuples:", len(c.plan.models))
+		}
+		for i, t := range d.Value.Tuples {
+			for _, f := range [...]struct {
+				name, value string
+				ok          bool
+			}{
+				{"user", t.User, isTupleEnd(t.User, true)},
+				{"relation", t.Relation, isRelationName(t.Relation)},
+				{"object", t.Object, isTupleEnd(t.Object, false)},
+			} {
+				if pos, written := d.Lookup("tuples", i, f.name); written && !f.ok {
+					c.report.Errorf(pos, "%s: %q cannot stand in a relation", f.name, f.value)
+				}
+			}
+			c.plan.tuples = append(c.plan.tuples, Tuple{m, t.User, t.Relation, t.Object, d.At("tuples", i)})
+		}
+	}
+}
+
+// isTupleEnd says whether s is TYPE:NAME, for a user also TYPE:* and
+// TYPE:NAME#RELATION.
+func isTupleEnd(s string, user bool) bool {
+	typ, name, ok := strings.Cut(s, ":")
+	if !ok || !isRelationName(typ) || len(s) > 512 {
+		return false
+	}
+	if user {
+		if name == "*" {
+			return true
+		}
+		if n, relation, ok := strings.Cut(name, "#"); ok {
+			if !isRelationName(relation) {
+				return false
+			}
+			name = n
+		}
+	}
+	return ValidRelationValue([]byte(strings.ReplaceAll(name, "|", ".")))
+}
+
+func isRelationName(s string) bool { return isIdentifier(strings.ReplaceAll(s, "-", "_")) }

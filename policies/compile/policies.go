@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compile
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
+)
+
+// Bounds and defaults of a policy.
+const (
+	maxInspect        = 1 << 20 // bytes of a body
+	maxEntries        = 2_000_000
+	defaultWarmup     = 1000 // requests
+	defaultIdentities = 3
+)
+
+type policyDoc = load.Doc[v1alpha1.APIPolicy]
+
+func (c *compiler) compilePolicies() {
+	c.conditions = make(map[string]*compiled)
+	for _, d := range c.set.Policies {
+		a := c.api(d)
+		for _, port := range a.Ports {
+			if a.Identity == nil {
+				continue
+			}
+			key := apiKey{a.Identity, port}
+			if other := c.plan.byPort[key]; other != nil {
+				c.report.Errorf(d.Key("spec", "protect"), "protect: %s port %d is already protected by %s at %s", a.Identity.fullName, port, other.Name, other.Position)
+				continue
+			}
+			c.plan.byPort[key] = a
+		}
+		c.plan.apis = append(c.plan.apis, a)
+	}
+	slices.SortFunc(c.plan.apis, func(a, b *API) int { return strings.Compare(a.Name, b.Name) })
+}
+
+func (c *compiler) api(d *policyDoc) *API {
+	spec := &d.Value.Spec
+	a := &API{
+		Name: d.FullName(), Position: d.Position(), Mode: mode(spec.Mode), MTLS: MTLS(max(0, slices.Index(mtlsNames[:], spec.MTLS))),
+		OtherwiseAllow: spec.Otherwise == "allow",
+	}
+	if ref := spec.Protect.Identity; ref != "" {
+		if a.Identity = c.identities[fullName(d.Namespace, ref)]; a.Identity == nil {
+			c.dangling(d.At("spec", "protect", "identity"), "identity", toIdentity, d.Namespace, ref)
+		}
+	} else {
+		c.empty(&d.Document, "identity", "spec", "protect", "identity")
+	}
+	a.Ports = c.ports(&d.Document, spec.Protect.Ports, "spec", "protect", "ports")
+	c.servesAt(a, d)
+	c.protocol(a, d)
+	if spec.Anomaly != nil {
+		a.Anomaly = c.anomaly(d, spec.Anomaly)
+		c.needsHTTP(a, d.Key("spec", "anomaly"), "anomaly")
+	}
+	if b := spec.Body; b != nil {
+		a.Body = Body{Inspect: int(b.Inspect), SkipOver: b.Over == "skip"}
+		c.needsHTTP(a, d.Key("spec", "body"), "body")
+		if b.Inspect > maxInspect {
+			c.report.Errorf(d.At("spec", "body", "inspect"), "inspect: is more than 1MiB")
+		}
+	}
+	c.rules(a, d)
+	return a
+}
+
+// servesAt warns of ports at which nobody finds the identity.
+func (c *compiler) servesAt(a *API, d *policyDoc) {
+	if a.Identity == nil {
+		return
+	}
+	for i, port := range d.Value.Spec.Protect.Ports {
+		serves := func(e netip.AddrPort) bool { return e.Port() == port }
+		if port != 0 && !slices.ContainsFunc(a.Identity.Endpoints, serves) {
+			c.report.Warnf(d.At("spec", "protect", "ports", i), "ports: %s has no endpoint with port %d: calls to it will not be recognised",
+				a.Identity.fullName, port)
+		}
+	}
+}
+
+// protocol fills in what is spoken and by whom it is encrypted.
+func (c *compiler) protocol(a *API, d *policyDoc) {
+	p := &d.Value.Spec.Protect
+	a.Protocol = Protocol(max(0, slices.Index(protocolNames[:], p.Protocol)))
+	tls := ""
+	if p.App != nil {
+		tls = p.App.TLS
+	}
+	if tls == "passthrough" {
+		a.AppTLS = AppTLSPassthrough
+	}
+	pos := func() load.Position { return d.At("spec", "protect", "app", "tls") }
+	switch {
+	case a.Protocol == ProtocolTLS && tls == "none":
+		c.report.Errorf(pos(), "tls: %q with protocol: tls can never be; the application speaks it or does not", tls)
+	case a.Protocol == ProtocolTLS:
+		a.AppTLS = AppTLSPassthrough
+	case a.AppTLS == AppTLSPassthrough && a.Protocol == ProtocolAuto:
+		a.Protocol = ProtocolTLS
+	case a.AppTLS == AppTLSPassthrough:
+		c.report.Errorf(pos(), "tls: %q with protocol: %s cannot be: what is encrypted is not read; use protocol: tls", tls, a.Protocol)
+	}
+}
+
+// needsHTTP refuses what can only be judged where requests are read.
+func (c *compiler) needsHTTP(a *API, pos load.Position, field string) bool {
+	if a.Protocol == ProtocolAuto || a.Protocol == ProtocolHTTP {
+		return true
+	}
+	if a.AppTLS == AppTLSPassthrough {
+		c.report.Errorf(pos, "%s: cannot be judged where TLS is passed through: only the caller's identity and hosts can", field)
+	} else {
+		c.report.Errorf(pos, "%s: cannot be judged with protocol: %s", field, a.Protocol)
+	}
+	return false
+}
+
+func (c *compiler) anomaly(d *policyDoc, s *v1alpha1.Anomaly) *Anomaly {
+	a := &Anomaly{WarmupRequests: defaultWarmup, WarmupIdentities: defaultIdentities, IgnoreErrors: s.OnError == "ignore"}
+	last, lastName, any := 1.0, "", false
+	for _, t := range [...]struct {
+		name string
+		p    *v1alpha1.Probability
+		to   *float64
+	}{
+		{"warn", s.Warn, &a.Warn}, {"throttle", s.Throttle, &a.Throttle},
+		{"revoke", s.Revoke, &a.Revoke}, {"terminate", s.Terminate, &a.Terminate},
+	} {
+		if t.p == nil {
+			continue
+		}
+		any = true
+		*t.to = float64(*t.p)
+		if *t.to > last {
+			c.report.Errorf(d.At("spec", "anomaly", t.name), "%s: is above %s: what is stronger needs the smaller p-value", t.name, lastName)
+		}
+		last, lastName = *t.to, t.name
+	}
+	if !any {
+		c.report.Errorf(d.Key("spec", "anomaly"), "anomaly: no threshold is set; give warn, throttle, revoke or terminate")
+	}
+	if w := s.Warmup; w != nil {
+		for _, n := range [...]struct {
+			name string
+			v    *uint32
+			to   *uint32
+		}{{"requests", w.Requests, &a.WarmupRequests}, {"identities", w.Identities, &a.WarmupIdentities}} {
+			if n.v == nil {
+				continue
+			}
+			if *n.to = *n.v; *n.v == 0 && d.Text("spec", "anomaly", "warmup", n.name) == "0" {
+				c.report.Errorf(d.At("spec", "anomaly", "warmup", n.name), "%s: without a warm-up everything would be unusual", n.name)
+			}
+		}
+	}
+	if r := s.FalsePositives; r != nil {
+		a.FalsePositives = r.Events * float64(24*time.Hour) / float64(max(1, r.Period))
+	}
+	return a
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package load
+
+import "github.com/sallyport-dev/sallyport/policies/v1alpha1"
+
+// unsupported lists what the policy language has and this version does not
+// do: TYPE.FIELD, TYPE.FIELD=WORD, and kinds. Each is an error, because a
+// line that is accepted and does nothing protects nobody. What is built
+// moves from here into v1alpha1.
+var unsupported = map[string]bool{
+	v1alpha1.KindPostureProfile: true,
+
+	"MachineIdentitySpec.tokens": true,
+	"Selector.all":               true,
+	"Selector.kubernetes":        true,
+	"ProcessSelector.digest":     true,
+	"Egress.host":                true,
+	"Egress.tls":                 true,
+
+	"TokenIssuerSpec.claims":           true,
+	"TokenIssuerSpec.introspection":    true,
+	"RelationModelSpec.address":        true,
+	"RelationModelSpec.engine=openfga": true,
+	"RelationModelSpec.engine=spicedb": true,
+
+	"APIPolicySpec.posture":        true,
+	"APIPolicySpec.onError=cached": true,
+	"Protect.protocol=grpc":        true,
+	"App.tls=terminate":            true,
+	"App.tls=reencrypt":            true,
+	"Rule.grpc":                    true,
+	"Rule.posture":                 true,
+	"Rule.upgrade":                 true,
+	"Token.acr":                    true,
+	"Token.maxAge":                 true,
+	"Token.boundTo=dpop":           true,
+	"Token.boundTo=signature":      true,
+	"Anomaly.stepUp":               true,
+}
+
+const notSupported = "is not supported by this version"
