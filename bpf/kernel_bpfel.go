@@ -423,10 +423,11 @@ const (
 	KernelProgSendmsg6        = "sendmsg6"
 	KernelProgSockCreate      = "sock_create"
 	KernelProgSteer           = "steer"
+	KernelProgTcConfined      = "tc_confined"
+	KernelProgTcDeliver       = "tc_deliver"
 	KernelProgTcEgress        = "tc_egress"
 	KernelProgTcIngress       = "tc_ingress"
 	KernelProgTrack           = "track"
-	KernelVarConfined         = "confined"
 	KernelVarEthernet         = "ethernet"
 	KernelVarNetnsCookie      = "netns_cookie"
 	KernelVarSampling         = "sampling"
@@ -489,6 +490,8 @@ type KernelProgramSpecs struct {
 	Sendmsg6     *ebpf.ProgramSpec `ebpf:"sendmsg6"`
 	SockCreate   *ebpf.ProgramSpec `ebpf:"sock_create"`
 	Steer        *ebpf.ProgramSpec `ebpf:"steer"`
+	TcConfined   *ebpf.ProgramSpec `ebpf:"tc_confined"`
+	TcDeliver    *ebpf.ProgramSpec `ebpf:"tc_deliver"`
 	TcEgress     *ebpf.ProgramSpec `ebpf:"tc_egress"`
 	TcIngress    *ebpf.ProgramSpec `ebpf:"tc_ingress"`
 	Track        *ebpf.ProgramSpec `ebpf:"track"`
@@ -526,7 +529,6 @@ type KernelMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type KernelVariableSpecs struct {
-	Confined    *ebpf.VariableSpec `ebpf:"confined"`
 	Ethernet    *ebpf.VariableSpec `ebpf:"ethernet"`
 	NetnsCookie *ebpf.VariableSpec `ebpf:"netns_cookie"`
 	Sampling    *ebpf.VariableSpec `ebpf:"sampling"`
@@ -608,7 +610,6 @@ func (m *KernelMaps) Close() error {
 //
 // It can be passed to LoadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type KernelVariables struct {
-	Confined    *ebpf.Variable `ebpf:"confined"`
 	Ethernet    *ebpf.Variable `ebpf:"ethernet"`
 	NetnsCookie *ebpf.Variable `ebpf:"netns_cookie"`
 	Sampling    *ebpf.Variable `ebpf:"sampling"`
@@ -633,6 +634,8 @@ type KernelPrograms struct {
 	Sendmsg6     *ebpf.Program `ebpf:"sendmsg6"`
 	SockCreate   *ebpf.Program `ebpf:"sock_create"`
 	Steer        *ebpf.Program `ebpf:"steer"`
+	TcConfined   *ebpf.Program `ebpf:"tc_confined"`
+	TcDeliver    *ebpf.Program `ebpf:"tc_deliver"`
 	TcEgress     *ebpf.Program `ebpf:"tc_egress"`
 	TcIngress    *ebpf.Program `ebpf:"tc_ingress"`
 	Track        *ebpf.Program `ebpf:"track"`
@@ -654,6 +657,8 @@ func (p *KernelPrograms) Close() error {
 		p.Sendmsg6,
 		p.SockCreate,
 		p.Steer,
+		p.TcConfined,
+		p.TcDeliver,
 		p.TcEgress,
 		p.TcIngress,
 		p.Track,

@@ -8,10 +8,6 @@
 /* Whether frames begin with an Ethernet header. */
 const volatile bool ethernet = true;
 
-/* Whether everything that comes from here without a socket is to be taken
- * for an enforced workload's: the host side of its veth. */
-const volatile bool confined = false;
-
 /* Whether this direction takes samples: on lo each packet passes both. */
 const volatile bool sampling = true;
 
@@ -25,7 +21,7 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p
 		return parse_ip4(skb, p, off);
 	if (proto == ETH_P_IPV6)
 		return parse_ip6(skb, p, off);
-	return PARSED_UNREADABLE;
+	return proto == ETH_P_ARP ? PARSED_OTHER : PARSED_UNREADABLE;
 }
 
 static __always_inline void sender(struct who *w, struct __sk_buff *skb, const struct control_value *c, __u64 *cgroup)
@@ -48,7 +44,8 @@ static __always_inline void sender(struct who *w, struct __sk_buff *skb, const s
  * What connect never saw has no flow entry: a hook that is detached, a
  * packet socket, a ring that was inherited. True: drop it.
  */
-static __always_inline bool untagged(struct __sk_buff *skb, const struct control_value *c, struct packet *p, bool readable)
+static __always_inline bool untagged(struct __sk_buff *skb, const struct control_value *c, struct packet *p, bool readable,
+				     bool confined)
 {
 	struct event e = {};
 	struct who me = {};
@@ -155,8 +152,7 @@ static __always_inline void look(struct __sk_buff *skb, struct packet *p, __u8 f
 		take_sample(skb, p, flags);
 }
 
-SEC("tcx/egress")
-int tc_egress(struct __sk_buff *skb)
+static __always_inline int outgoing(struct __sk_buff *skb, bool confined)
 {
 	struct control_value *c = controls();
 	struct packet p = {};
@@ -165,25 +161,51 @@ int tc_egress(struct __sk_buff *skb)
 		return TCX_NEXT;
 	switch (parse(skb, &p)) {
 	case PARSED_UNREADABLE:
-		return untagged(skb, c, &p, false) ? TCX_DROP : TCX_NEXT;
+		return untagged(skb, c, &p, false, confined) ? TCX_DROP : TCX_NEXT;
 	case PARSED_OTHER:
 		return TCX_NEXT;
 	case PARSED_TCP:
 		break;
 	}
-	if ((p.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN && untagged(skb, c, &p, true))
+	if ((p.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN && untagged(skb, c, &p, true, confined))
 		return TCX_DROP;
 	if (sampling)
 		look(skb, &p, 0);
 	return TCX_NEXT;
 }
 
-SEC("tcx/ingress")
-int tc_ingress(struct __sk_buff *skb)
+static __always_inline int incoming(struct __sk_buff *skb)
 {
 	struct packet p = {};
 
 	if (sampling && parse(skb, &p) == PARSED_TCP)
 		look(skb, &p, SAMPLE_INGRESS);
 	return TCX_NEXT;
+}
+
+/* An interface in the netns of the workloads. */
+SEC("tcx/egress")
+int tc_egress(struct __sk_buff *skb)
+{
+	return outgoing(skb, false);
+}
+
+SEC("tcx/ingress")
+int tc_ingress(struct __sk_buff *skb)
+{
+	return incoming(skb);
+}
+
+/* The host side of a workload's veth: what leaves the workload comes in
+ * there, without its socket. */
+SEC("tcx/ingress")
+int tc_confined(struct __sk_buff *skb)
+{
+	return outgoing(skb, true);
+}
+
+SEC("tcx/egress")
+int tc_deliver(struct __sk_buff *skb)
+{
+	return incoming(skb);
 }
