@@ -144,7 +144,7 @@ func (c *compiler) identityRefs(d *load.Document, field, namespace string, refs 
 	for i, ref := range refs {
 		pos := func() load.Position { return d.At(append(slices.Clone(path), i)...) }
 		if ref == "" {
-			c.report.Errorf(pos(), "%s: a name is empty", field)
+			c.empty(d, field, append(slices.Clone(path), i)...)
 			continue
 		}
 		id := c.identities[fullName(namespace, ref)]

@@ -228,10 +228,7 @@ func compileCondition(text string) (*Condition, []exprError) {
 	if issues.Err() != nil {
 		var errs []exprError
 		for _, e := range issues.Errors() {
-			errs = append(errs, exprError{
-				line: e.Location.Line(), column: e.Location.Column(),
-				message: celMessage(e.Message, text, e.Location.Line(), e.Location.Column()),
-			})
+			errs = append(errs, celError(text, e.Location.Line(), e.Location.Column(), e.Message))
 		}
 		return nil, errs
 	}
@@ -325,47 +322,53 @@ func appendNew(list []string, s string) []string {
 	return append(list, s)
 }
 
-// celMessage rewrites what CEL says about a name it does not know.
-func celMessage(message, text string, line, column int) string {
+// celError puts into our words what CEL says.
+func celError(text string, line, column int, message string) exprError {
 	message = strings.ReplaceAll(message, " (in container '')", "")
-	name, ok := strings.CutPrefix(message, "undeclared reference to '")
+	message = strings.ReplaceAll(message, "Syntax error: ", "")
+	if i := strings.Index(message, " expecting "); i >= 0 {
+		message = message[:i] // a list of all tokens
+	}
+	rest, ok := strings.CutPrefix(message, "undeclared reference to '")
 	if !ok {
-		return strings.Join(strings.Fields(message), " ")
+		return exprError{line, column, strings.Join(strings.Fields(message), " ")}
 	}
-	name = strings.TrimSuffix(name, "'")
-	var fields, firsts []string
-	for v := range conditionVariables {
-		first, field, _ := strings.Cut(v, ".")
-		firsts = append(firsts, first)
-		if first == name && field != "" {
-			fields = append(fields, field)
-		}
+	// CEL points at the last dot of a qualified name.
+	name, _, _ := strings.Cut(rest, "'")
+	if i := strings.LastIndexByte(name, '.'); i >= 0 && endsAt(text, line, column, name[:i]) {
+		column -= len(name[:i])
 	}
-	if len(fields) == 0 {
-		return message + load.DidYouMean(name, firsts, "'")
-	}
-	slices.Sort(fields)
-	field := fieldAt(text, line, column+len(name))
-	if field == "" {
-		return fmt.Sprintf("'%s' has to be followed by one of .%s", name, strings.Join(fields, ", ."))
-	}
-	return fmt.Sprintf("'%s' has no field '%s'%s: it has %s", name, field, load.DidYouMean(field, fields, "'"), strings.Join(fields, ", "))
+	return exprError{line, column, undeclared(name)}
 }
 
-// fieldAt returns the field name that follows at that place, "" without one.
-func fieldAt(text string, line, column int) string {
+// undeclared says what is wrong with a name that CEL does not know.
+func undeclared(name string) string {
+	first, field, _ := strings.Cut(name, ".")
+	var fields, firsts []string
+	for v := range conditionVariables {
+		vFirst, vField, _ := strings.Cut(v, ".")
+		firsts = append(firsts, vFirst)
+		if vFirst == first && vField != "" {
+			fields = append(fields, vField)
+		}
+	}
+	slices.Sort(fields)
+	switch {
+	case len(fields) == 0:
+		return fmt.Sprintf("undeclared reference to '%s'%s", first, load.DidYouMean(first, firsts, "'"))
+	case field == "":
+		return fmt.Sprintf("'%s' has to be followed by one of .%s", name, strings.Join(fields, ", ."))
+	}
+	field, _, _ = strings.Cut(field, ".")
+	return fmt.Sprintf("'%s' has no field '%s'%s; it has %s", first, field, load.DidYouMean(field, fields, "'"), strings.Join(fields, ", "))
+}
+
+// endsAt says whether s stands before that place.
+func endsAt(text string, line, column int, s string) bool {
 	lines := strings.Split(text, "\n")
 	if line < 1 || line > len(lines) {
-		return ""
+		return false
 	}
 	runes := []rune(lines[line-1])
-	if column >= len(runes) || runes[column] != '.' {
-		return ""
-	}
-	s := string(runes[column+1:])
-	end := strings.IndexFunc(s, func(r rune) bool { return r >= 0x80 || !isAlnum(byte(r)) && r != '_' })
-	if end >= 0 {
-		s = s[:end]
-	}
-	return s
+	return column <= len(runes) && strings.HasSuffix(string(runes[:column]), s)
 }

@@ -52,7 +52,7 @@ func (c *compiler) identity(d *identityDoc) *Identity {
 		Namespace: d.Namespace, Name: d.Name, fullName: d.FullName(), Owner: spec.Owner, Position: d.Position(),
 		Mode: mode(spec.Mode),
 	}
-	if spec.Owner != "" && strings.TrimSpace(spec.Owner) == "" {
+	if c.empty(&d.Document, "owner", "spec", "owner"); spec.Owner != "" && strings.TrimSpace(spec.Owner) == "" {
 		c.report.Errorf(d.At("spec", "owner"), "owner: is blank")
 	}
 	if spec.Expires != nil {
@@ -90,7 +90,7 @@ func (c *compiler) spiffeID(id *Identity, d *identityDoc) {
 	id.Derived = true
 	tail := "ns/" + id.Namespace + "/" + id.Name
 	if s := id.Selector; s != nil && s.SystemdUnit != "" {
-		if !isPathSegment(s.SystemdUnit) {
+		if isUnit(s.SystemdUnit) && !isPathSegment(s.SystemdUnit) {
 			c.report.Errorf(d.At("spec", "select", "systemd", "unit"),
 				"unit: %q has characters that a SPIFFE ID cannot hold; set spiffeID", s.SystemdUnit)
 		}
@@ -188,6 +188,7 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 	}
 	if s.Process != nil {
 		out.ProcessBinary = s.Process.Binary
+		c.empty(&d.Document, "binary", "spec", "select", "process", "binary")
 		if b := out.ProcessBinary; b != "" && (!path.IsAbs(b) || path.Clean(b) != b) {
 			c.report.Errorf(d.At("spec", "select", "process", "binary"), "binary: %q is not a clean absolute path", b)
 		}
@@ -201,6 +202,7 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 		c.unit(d, s.Systemd.Unit)
 	case s.Cgroup != nil:
 		out.CgroupPath = s.Cgroup.Path
+		c.empty(&d.Document, "path", "spec", "select", "cgroup", "path")
 		if p := s.Cgroup.Path; p != "" && (!path.IsAbs(p) || path.Clean(p) != p || p == "/" || len(p) > 4095) {
 			c.report.Errorf(d.At("spec", "select", "cgroup", "path"), "path: %q is not a clean absolute path beneath the cgroup root", p)
 		}
@@ -214,24 +216,29 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 }
 
 func (c *compiler) unit(d *identityDoc, unit string) {
-	if unit == "" {
-		return // missing, and reported
+	pos := d.At("spec", "select", "systemd", "unit")
+	switch {
+	case unit == "":
+		c.empty(&d.Document, "unit", "spec", "select", "systemd", "unit")
+	case !strings.HasSuffix(unit, ".service") && !strings.HasSuffix(unit, ".scope"):
+		c.report.Errorf(pos, "unit: %q is not the full name of a service or a scope, such as checkout.service", unit)
+	case !isUnit(unit):
+		c.report.Errorf(pos, "unit: %q is not the name of a unit", unit)
 	}
-	stem, service := strings.CutSuffix(unit, ".service")
-	if !service {
-		var scope bool
-		if stem, scope = strings.CutSuffix(unit, ".scope"); !scope {
-			c.report.Errorf(d.At("spec", "select", "systemd", "unit"), "unit: %q is not the full name of a service or a scope, such as checkout.service", unit)
-			return
+}
+
+// isUnit says whether s has the form of a unit's name, systemd.unit(5).
+func isUnit(s string) bool {
+	stem := strings.TrimSuffix(strings.TrimSuffix(s, ".service"), ".scope")
+	if stem == "" || len(s) > 255 {
+		return false
+	}
+	for i := range len(s) {
+		if !isAlnum(s[i]) && strings.IndexByte(`:-_.\@`, s[i]) < 0 {
+			return false
 		}
 	}
-	valid := stem != "" && len(unit) <= 255
-	for i := range len(stem) {
-		valid = valid && (isAlnum(stem[i]) || strings.IndexByte(`:-_.\@`, stem[i]) >= 0)
-	}
-	if !valid {
-		c.report.Errorf(d.At("spec", "select", "systemd", "unit"), "unit: %q is not the name of a unit", unit)
-	}
+	return true
 }
 
 // checkSelectors refuses identities that would match one workload: it would
@@ -306,7 +313,8 @@ func (c *compiler) egress(id *Identity, d *identityDoc) {
 		prefix, err := netip.ParsePrefix(e.CIDR)
 		switch {
 		case e.CIDR == "":
-			continue // missing, and reported
+			c.empty(&d.Document, "cidr", "spec", "egress", i, "cidr")
+			continue
 		case err != nil:
 			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: %q is not ADDRESS/BITS, such as 10.9.0.0/16", e.CIDR)
 			continue

@@ -104,9 +104,8 @@ func checkLiteral(part string) error {
 	if strings.Contains(part, "*") {
 		return fmt.Errorf("%q: * stands for nothing here; write {name} for one segment, ** at the end for the rest", part)
 	}
-	for i := range len(part) {
-		c := part[i]
-		if !isUnreserved(c) && !strings.ContainsRune("!$&'()+,=:@%", rune(c)) {
+	for _, c := range part {
+		if c > 0x7f || !isUnreserved(byte(c)) && !strings.ContainsRune("!$&'()+,=:@%", c) {
 			return fmt.Errorf("%q cannot stand in a path; percent-encode it", c)
 		}
 	}

@@ -170,12 +170,16 @@ func (c *compiler) rule(a *API, d *policyDoc, i int) *ruleSource {
 	return r
 }
 
+// notTrue are the ways in which "all: true" is not there; another text was
+// reported.
+var notTrue = []string{"", "false", "False", "FALSE"}
+
 func (c *compiler) callers(a *API, r *ruleSource) {
 	_, written := r.doc.Lookup("spec", "rules", r.index, "from")
 	switch {
 	case written && r.spec.All:
 		c.report.Errorf(r.key("all"), "all: with from, one of them is not meant")
-	case !written && !r.spec.All && !r.Deny:
+	case !written && !r.spec.All && !r.Deny && slices.Contains(notTrue, r.doc.Text("spec", "rules", r.index, "all")):
 		c.report.Errorf(r.at(), `rule %q: from is missing; name the callers, or write "all: true" if you mean every one`, r.Name)
 	}
 	r.from = c.identityRefs(&r.doc.Document, "from", r.doc.Namespace, r.spec.From, "spec", "rules", r.index, "from")

@@ -127,7 +127,7 @@ func (d *decoder) keys(n *yaml.Node) map[string]*yaml.Node {
 
 func (d *decoder) unknown(k *yaml.Node, owner string, fields []field) {
 	if unsupported[owner+"."+k.Value] {
-		d.errorf(k, "%s: %s", k.Value, notSupported)
+		d.errorf(k, "%s %s", k.Value, notSupported)
 		return
 	}
 	names := make([]string, len(fields))
@@ -304,7 +304,7 @@ func (d *decoder) plain(n *yaml.Node, f *field) bool {
 	if n.Style == 0 && n.Tag == "!!str" {
 		switch strings.ToLower(n.Value) {
 		case "yes", "no", "on", "off":
-			d.errorf(n, "%s: %s without quotes is a boolean to many YAML readers; write %q, or true or false", f.name, n.Value, n.Value)
+			d.errorf(n, "%s: %s without quotes is a boolean to many YAML readers; write %q", f.name, n.Value, n.Value)
 			return false
 		}
 	}

@@ -194,7 +194,10 @@ func isMarker(line []byte) bool {
 	return ok && (len(rest) == 0 || bytes.IndexByte([]byte(" \t\r\n"), rest[0]) >= 0)
 }
 
-var yamlError = regexp.MustCompile(`^yaml: (?:line (\d+): )?(?s:(.*))$`)
+var (
+	yamlError   = regexp.MustCompile(`^yaml: (?:line (\d+): )?(?s:(.*))$`)
+	parserError = regexp.MustCompile(`^did not find expected (<|node content|key|'-' indicator|',' or)`)
+)
 
 // parse returns the root nodes of a part's documents, none where they do
 // not parse.
@@ -237,6 +240,9 @@ func (l *loader) syntax(p *part, err error) {
 	if m := yamlError.FindStringSubmatch(message); m != nil {
 		message = m[2]
 		if n, err := strconv.Atoi(m[1]); err == nil {
+			if parserError.MatchString(message) {
+				n++ // the library counts these from 0
+			}
 			pos.Line = min(p.skip+n, bytes.Count(p.content, []byte("\n"))+1)
 		}
 	}
