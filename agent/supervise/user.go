@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package supervise
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// User is who the userspace process runs as; never root.
+type User struct {
+	Name     string
+	UID, GID uint32
+}
+
+// nobody is the user and group of that name wherever there is one.
+const nobody = 65534
+
+// LookupUser finds a user by name or number in passwd (/etc/passwd). "auto" is
+// sallyport where there is one, else nobody: a number without an entry is its
+// own group.
+func LookupUser(passwd, name string) (User, error) {
+	if name == "auto" {
+		u, ok, err := find(passwd, func(n string, _ uint32) bool { return n == "sallyport" })
+		if err != nil || ok {
+			return u, errors.Join(err, notRoot(u, err))
+		}
+		return User{"nobody", nobody, nobody}, nil
+	}
+	number, numErr := strconv.ParseUint(name, 10, 31)
+	u, ok, err := find(passwd, func(n string, uid uint32) bool {
+		return n == name || numErr == nil && uint64(uid) == number
+	})
+	if err != nil {
+		return User{}, err
+	}
+	if !ok {
+		if numErr != nil {
+			return User{}, fmt.Errorf("find user %s for userspace: there is none; set userspace.user, or make it: useradd -r %s", name, name)
+		}
+		u = User{name, uint32(number), uint32(number)}
+	}
+	return u, notRoot(u, nil)
+}
+
+func notRoot(u User, err error) error {
+	if err == nil && (u.UID == 0 || u.GID == 0) {
+		return fmt.Errorf("use %s for userspace: it is root, or in root's group", u.Name)
+	}
+	return nil
+}
+
+// find reads passwd itself: os/user may ask a directory service.
+func find(passwd string, match func(name string, uid uint32) bool) (User, bool, error) {
+	f, err := os.Open(passwd)
+	if errors.Is(err, fs.ErrNotExist) {
+		return User{}, false, nil
+	}
+	if err != nil {
+		return User{}, false, fmt.Errorf("find user for userspace: %w", err)
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		fields := strings.Split(lines.Text(), ":")
+		if len(fields) < 4 {
+			continue
+		}
+		uid, err1 := strconv.ParseUint(fields[2], 10, 31)
+		gid, err2 := strconv.ParseUint(fields[3], 10, 31)
+		if err1 == nil && err2 == nil && match(fields[0], uint32(uid)) {
+			return User{fields[0], uint32(uid), uint32(gid)}, true, nil
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return User{}, false, fmt.Errorf("find user for userspace: %w", err)
+	}
+	return User{}, false, nil
+}
+
+// PrepareDir makes dir, the one folder that the user may write, closed to
+// everybody else.
+func (u User) PrepareDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make state directory of userspace: %w", err)
+	}
+	d, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return fmt.Errorf("open state directory of userspace: %w", err)
+	}
+	defer d.Close()
+	if err := errors.Join(d.Chown(int(u.UID), int(u.GID)), d.Chmod(0o700)); err != nil {
+		return fmt.Errorf("hand over state directory of userspace: %w", err)
+	}
+	return nil
+}
