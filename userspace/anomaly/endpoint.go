@@ -35,6 +35,7 @@ type endpoint struct {
 // state is the part of an endpoint that has a fixed size, as it is stored.
 type state struct {
 	Life        life
+	Held        uint32 // of the calibration, requests held in quarantine
 	Learned     uint32 // requests in the models: Life.N less those held in quarantine
 	Names       [maxParameters]uint64
 	Params      uint8
@@ -65,7 +66,7 @@ func (e *endpoint) score(sm *Sample) Score {
 	sc := Score{Evidence: math.Log2(sum / float64(partCount))}
 	sc.P, _ = e.state.Whole.rank(sc.Evidence)
 	sc.N = int(e.state.Whole.Total)
-	sc.Warm = e.state.Life.warm(sm.key.Warmup) && e.state.NewNames.unseen() < maxUnseen+1/float64(sc.N+1)
+	sc.Warm = e.state.Life.warm(sm.key.Warmup) && e.state.NewNames.unseen() < max(maxUnseen, 2/float64(sc.N+1))
 	e.topParts(sm, &ps, &sc)
 	sm.scored, sm.score = true, sc
 	return sc
@@ -164,7 +165,7 @@ func (e *endpoint) learn(sm *Sample, who uint64, now int64) {
 	if !st.Life.admit(who, now, sm.key.Warmup) {
 		return
 	}
-	if int(st.Life.N) > min(maxSkipped, sm.key.Warmup.Requests/8) {
+	if int(st.Life.N) > min(maxSkipped, sm.key.Warmup.Requests/8) && st.calibrates(held) {
 		for i := range st.Components {
 			st.Components[i].add(sm.bits[i], held)
 		}
@@ -177,6 +178,21 @@ func (e *endpoint) learn(sm *Sample, who uint64, now int64) {
 	if st.Learned >= ageAt {
 		e.age()
 	}
+}
+
+// calibrates says whether a score is counted: of those in quarantine no more
+// than the share of normal requests that end there, so that a flood of them
+// raises nobody's P above that.
+func (st *state) calibrates(held bool) bool {
+	if !held {
+		return true
+	}
+	most := uint32(quarantineBelow * float64(st.Whole.Total))
+	if st.Held = min(st.Held, most); st.Held == most {
+		return false
+	}
+	st.Held++
+	return true
 }
 
 func (e *endpoint) addModels(sm *Sample) {
