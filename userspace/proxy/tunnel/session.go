@@ -1,0 +1,794 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tunnel
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"golang.org/x/net/http2/hpack"
+)
+
+// Session is one tunnel connection. It belongs to one loop.
+type Session struct {
+	c       netloop.Stream
+	task    *netloop.Task // any task of the loop
+	cfg     Config
+	server  bool
+	handler func(*netloop.Task, *Stream)
+
+	streams map[uint32]*Stream
+	nextID  uint32 // client: of the next stream
+	lastID  uint32 // server: highest that the peer opened
+	waiting []*Stream
+
+	out     []byte // frames to be written
+	spare   []byte
+	work    netloop.Event // there is something for the writer
+	changed netloop.Event // the number of streams, or the end of the session
+	buffers [][]byte
+	block   bytes.Buffer // of the encoder
+
+	// What the peer allows.
+	send        int64
+	peerWindow  int64
+	peerFrame   int
+	peerStreams int
+	settled     bool // its first SETTINGS came
+
+	// What we allow.
+	credit int
+	owed   int
+
+	enc      *hpack.Encoder
+	dec      *hpack.Decoder
+	fields   fields
+	headers  []byte // a header block that is not complete
+	headerOf header // its HEADERS frame
+	inBlock  bool
+	continua int
+
+	resets, earlyResets, settings, pings, control bucket
+	empty                                         int // DATA frames without data in a row
+
+	heard     time.Time
+	active    time.Time // when the last stream ended
+	pinged    time.Time // zero when no ping is out
+	draining  bool
+	drainedAt time.Time // when the drain began
+	over      bool
+	err       error
+}
+
+func newSession(t *netloop.Task, c netloop.Stream, cfg Config, server bool) *Session {
+	now := time.Now()
+	m := &Session{c: c, task: t, cfg: cfg.withDefaults(), server: server, streams: map[uint32]*Stream{}, nextID: 1,
+		send: 65535, peerWindow: 65535, peerFrame: maxData, peerStreams: 100, heard: now, active: now,
+		resets: newBucket(1000, 4000), earlyResets: newBucket(100, 300), settings: newBucket(1, 20),
+		pings: newBucket(2, 60), control: newBucket(2000, 20000)}
+	m.credit = m.cfg.ConnWindow
+	m.enc = hpack.NewEncoder(&m.block)
+	m.enc.SetMaxDynamicTableSizeLimit(4096)
+	m.dec = hpack.NewDecoder(4096, m.fields.add)
+	m.dec.SetMaxStringLength(maxHeaderList)
+	return m
+}
+
+// start queues what each side sends first.
+func (m *Session) start() {
+	if !m.server {
+		m.out = append(m.out, preface...)
+	}
+	m.out = appendSettings(m.out, settingPush, 0, settingMaxStreams, uint32(m.cfg.MaxStreams), settingInitialWindow, uint32(m.cfg.Window),
+		settingMaxHeaderList, maxHeaderList)
+	m.out = appendWindow(m.out, 0, m.cfg.ConnWindow-65535)
+	m.wake()
+}
+
+// Serve runs the server's side of a session on c until it ends; handler runs
+// for each CONNECT request in a task of its own, and the stream is closed
+// when it returns. Serve returns nil when both sides ended in order. It does
+// not close c.
+func Serve(t *netloop.Task, c netloop.Stream, cfg Config, handler func(*netloop.Task, *Stream)) error {
+	m := newSession(t, c, cfg, true)
+	m.handler = handler
+	m.start()
+	t.Go(m.writer)
+	return m.end(m.read(t))
+}
+
+// Dial starts the client's side of a session on c, which must be owned by
+// the calling task; a task of the session takes it over and closes it.
+func Dial(t *netloop.Task, c netloop.Stream, cfg Config) *Session {
+	m := newSession(t, c, cfg, false)
+	m.start()
+	own := beneath(c)
+	if own != nil {
+		t.Disown(own)
+	}
+	t.Go(func(t *netloop.Task) {
+		m.task = t
+		if own != nil {
+			t.Own(own)
+		}
+		t.Go(m.writer)
+		_ = m.end(m.read(t))
+		_ = c.Close()
+	})
+	return m
+}
+
+// beneath is the connection of the loop under c.
+func beneath(c any) *netloop.Conn {
+	for {
+		switch v := c.(type) {
+		case *netloop.Conn:
+			return v
+		case interface{ NetConn() net.Conn }:
+			c = v.NetConn()
+		default:
+			return nil
+		}
+	}
+}
+
+// Usable says whether another stream may be opened.
+func (m *Session) Usable() bool {
+	return !m.over && !m.draining && len(m.streams) < m.peerStreams && m.nextID < maxWindow-1
+}
+
+// Full says that only the number of streams keeps it from being usable.
+func (m *Session) Full() bool { return !m.over && !m.draining && len(m.streams) >= m.peerStreams }
+
+// Over says that the session has ended, and Err why.
+func (m *Session) Over() bool { return m.over }
+
+// Err is why the session ended, nil while it lives and if it ended in order.
+func (m *Session) Err() error { return m.err }
+
+// Streams is how many are open.
+func (m *Session) Streams() int { return len(m.streams) }
+
+// Draining says that the session takes no more streams.
+func (m *Session) Draining() bool { return m.draining }
+
+// Drain lets no more streams begin and ends the session when the last one
+// has ended, or after Config.DrainTimeout.
+func (m *Session) Drain() {
+	if m.draining || m.over {
+		return
+	}
+	m.draining, m.drainedAt = true, time.Now()
+	if m.server {
+		m.out = appendGoAway(m.out, maxWindow, CodeNone)
+	}
+	m.wakeAll()
+}
+
+// wakeAll lets every task of the session see what has changed.
+func (m *Session) wakeAll() {
+	m.work.Signal()
+	m.changed.Broadcast()
+}
+
+// Kill ends the session at once; its streams get cause.
+func (m *Session) Kill(cause error) {
+	if c := beneath(m.c); c != nil {
+		m.finishAll(cause)
+		c.Abort()
+	}
+}
+
+func (m *Session) wake() { m.work.Signal() }
+
+func (m *Session) lend() []byte {
+	if n := len(m.buffers); n > 0 {
+		b := m.buffers[n-1]
+		m.buffers = m.buffers[:n-1]
+		return b[:0]
+	}
+	return make([]byte, 0, 4<<10)
+}
+
+func (m *Session) giveBack(b []byte) {
+	if cap(b) > 0 && cap(b) <= 64<<10 && len(m.buffers) < 16 {
+		m.buffers = append(m.buffers, b)
+	}
+}
+
+// read takes frames until the connection ends.
+func (m *Session) read(t *netloop.Task) error {
+	buf := t.Buffer()
+	defer t.Release(buf)
+	_ = m.c.SetReadDeadline(time.Now().Add(m.cfg.Handshake))
+	w := 0
+	greeted := !m.server
+	for {
+		n, err := m.c.Read(buf[w:])
+		w += n
+		if n > 0 {
+			m.heard, m.pinged = time.Now(), time.Time{}
+		}
+		used := 0
+		if !greeted {
+			if greeted, err = m.greet(buf[:w], err); err != nil {
+				return err
+			}
+			if greeted {
+				used = len(preface)
+			}
+		}
+		if greeted {
+			k, ferr := m.take(buf[used:w])
+			if ferr != nil {
+				return ferr
+			}
+			used += k
+		}
+		w = copy(buf, buf[used:w])
+		if err == nil {
+			continue
+		}
+		if done, err := m.quiet(err); done {
+			return err
+		}
+	}
+}
+
+// greet judges the client's preface.
+func (m *Session) greet(b []byte, err error) (done bool, _ error) {
+	n := min(len(b), len(preface))
+	if string(b[:n]) != preface[:n] {
+		return false, fault(CodeProtocol, "no HTTP/2 preface")
+	}
+	if n == len(preface) {
+		return true, nil
+	}
+	return false, err
+}
+
+// quiet is asked when a read ended with an error, whether that is the end:
+// the deadlines are ours, to look at the time.
+func (m *Session) quiet(err error) (done bool, _ error) {
+	now := time.Now()
+	switch {
+	case m.over:
+		return true, m.err
+	case !errors.Is(err, os.ErrDeadlineExceeded):
+		if err == io.EOF && len(m.streams) == 0 {
+			return true, nil
+		}
+		return true, err
+	case !m.settled:
+		return true, fault(CodeSettingsTimeout, "no settings in time")
+	case !m.pinged.IsZero() && now.Sub(m.pinged) >= m.cfg.PingTimeout:
+		return true, fault(CodeNone, "the peer is silent")
+	case len(m.streams) == 0 && now.Sub(m.active) >= m.cfg.Idle:
+		m.Drain()
+	case len(m.streams) > 0 && m.pinged.IsZero() && now.Sub(m.heard) >= m.cfg.Ping:
+		m.out = append(appendHeader(m.out, 8, framePing, 0, 0), "sallypor"...)
+		m.pinged = now
+		m.wake()
+	}
+	m.deadline(now)
+	return false, nil
+}
+
+// deadline sets when read looks at the time next.
+func (m *Session) deadline(now time.Time) {
+	until := m.heard.Add(m.cfg.Ping)
+	if len(m.streams) == 0 {
+		until = m.active.Add(m.cfg.Idle)
+	}
+	if !m.pinged.IsZero() {
+		until = m.pinged.Add(m.cfg.PingTimeout)
+	}
+	if soonest := now.Add(time.Second); until.Before(soonest) {
+		until = soonest
+	}
+	_ = m.c.SetReadDeadline(until)
+}
+
+// end ends the session and tells the peer why.
+func (m *Session) end(err error) error {
+	var f *FaultError
+	if errors.As(err, &f) && !m.over {
+		m.out = appendGoAway(m.out, m.lastID, f.Code)
+		_, _ = m.c.Write(m.out)
+		m.out = m.out[:0]
+	}
+	m.finishAll(err)
+	return err
+}
+
+func (m *Session) finishAll(err error) {
+	if m.over {
+		return
+	}
+	m.over, m.err = true, err
+	cause := err
+	if cause == nil {
+		cause = ErrClosed
+	}
+	for _, s := range m.streams {
+		s.end(cause)
+	}
+	m.wakeAll()
+}
+
+// end is the stream's part in the end of its session.
+func (s *Stream) end(cause error) {
+	if s.rerr == nil {
+		s.rerr = cause
+	}
+	s.m.giveBack(s.out)
+	s.out, s.outOff = nil, 0
+	s.m.remove(s, cause)
+}
+
+// remove takes the stream out of the session; cause is what writers get.
+func (m *Session) remove(s *Stream, cause error) {
+	if s.state == stateOver {
+		return
+	}
+	s.state = stateOver
+	if s.werr == nil {
+		s.werr = cause
+	}
+	if s.werr == nil {
+		s.werr = ErrClosed
+	}
+	delete(m.streams, s.id)
+	if len(m.streams) == 0 {
+		m.active = time.Now()
+	}
+	s.readable.Broadcast()
+	s.drained.Broadcast()
+	m.wakeAll()
+}
+
+// consumed credits what left the session's buffers.
+func (m *Session) consumed(n int) {
+	m.owed += n
+	if m.owed >= m.cfg.ConnWindow/4 && !m.over {
+		m.credit += m.owed
+		m.out = appendWindow(m.out, 0, m.owed)
+		m.owed = 0
+		m.wake()
+	}
+}
+
+// quantum is what a stream with much to send may send before the next one's
+// turn.
+const quantum = 2 * maxData
+
+// frame puts as much of p into DATA frames as the windows allow, and returns
+// how much that is. It makes no small frames of large output.
+func (m *Session) frame(s *Stream, p []byte) int {
+	sent := 0
+	for len(p) > 0 && !m.over && s.state != stateOver {
+		n := int(min(s.send, m.send, int64(m.peerFrame), int64(m.cfg.WriteLimit-len(m.out))))
+		if n >= len(p) {
+			n = len(p)
+		} else if n < 512 {
+			break
+		}
+		m.out = append(appendHeader(m.out, n, frameData, 0, s.id), p[:n]...)
+		s.send -= int64(n)
+		m.send -= int64(n)
+		p = p[n:]
+		sent += n
+	}
+	if sent > 0 {
+		m.wake()
+	}
+	return sent
+}
+
+// enqueue has the stream's output moved when a window opens or the socket
+// has taken what was there.
+func (m *Session) enqueue(s *Stream) {
+	if !s.queued {
+		s.queued = true
+		m.waiting = append(m.waiting, s)
+	}
+	m.wake()
+}
+
+// refill moves waiting output, each stream in its turn.
+func (m *Session) refill() {
+	list := m.waiting
+	m.waiting = m.waiting[:0]
+	for i, s := range list {
+		if m.send < 512 || m.cfg.WriteLimit-len(m.out) < 512 {
+			m.waiting = append(m.waiting, list[i:]...)
+			return
+		}
+		s.queued = false
+		if s.state == stateOver || s.pending() == 0 {
+			continue
+		}
+		s.move()
+		if s.state != stateOver && s.pending() > 0 && s.send >= 512 {
+			s.queued = true
+			m.waiting = append(m.waiting, s)
+		}
+	}
+}
+
+// writer sends frames: what the tasks of one turn produced leaves together.
+func (m *Session) writer(t *netloop.Task) {
+	for {
+		if len(m.waiting) > 0 {
+			m.refill()
+		}
+		if len(m.out) > 0 && !m.over {
+			b := m.out
+			m.out = m.spare[:0]
+			_, err := m.c.Write(b)
+			m.spare = b
+			if cap(b) > 2*m.cfg.WriteLimit {
+				m.spare = nil
+			}
+			if err == nil {
+				err = netloop.Flushed(m.c, m.cfg.WriteLimit)
+			}
+			if err != nil {
+				m.Kill(err)
+				return
+			}
+			continue
+		}
+		if m.over || m.drainOver() {
+			return
+		}
+		if err := t.WaitTimeout(&m.work, m.tick()); err != nil && err != os.ErrDeadlineExceeded {
+			return
+		}
+		m.sweep()
+	}
+}
+
+// drainOver ends the session when its drain is done.
+func (m *Session) drainOver() bool {
+	if !m.draining || len(m.streams) > 0 && time.Since(m.drainedAt) < m.cfg.DrainTimeout {
+		return false
+	}
+	if len(m.streams) == 0 && m.server && time.Since(m.drainedAt) < min(time.Second, m.cfg.DrainTimeout) {
+		// A stream that the peer opened before it saw GOAWAY is still served.
+		return false
+	}
+	for _, s := range m.streams {
+		s.reset(CodeCancel, ErrClosed)
+	}
+	m.out = appendGoAway(m.out, m.lastID, CodeNone)
+	_, _ = m.c.Write(m.out)
+	m.out = m.out[:0]
+	m.finishAll(nil)
+	_ = m.c.CloseWrite()
+	_ = m.c.SetReadDeadline(time.Now().Add(time.Second)) // wakes the reader, which ends
+	return true
+}
+
+// tick is how long the writer may sleep.
+func (m *Session) tick() time.Duration {
+	d := 10 * time.Second
+	if !m.cfg.NotAfter.IsZero() && !m.draining {
+		d = min(d, max(time.Until(m.cfg.NotAfter), 0))
+	}
+	if m.draining {
+		d = min(d, 250*time.Millisecond)
+	}
+	return d
+}
+
+// sweep does what is due by the time alone.
+func (m *Session) sweep() {
+	now := time.Now()
+	if !m.cfg.NotAfter.IsZero() && !now.Before(m.cfg.NotAfter) {
+		m.Drain()
+	}
+	for _, s := range m.waitingClosed() {
+		if now.Sub(s.progress) >= m.cfg.Stall {
+			s.reset(CodeCancel, ErrStalled)
+		}
+	}
+}
+
+// waitingClosed are the streams that nobody waits on any more but that have
+// output left.
+func (m *Session) waitingClosed() (list []*Stream) {
+	for _, s := range m.streams {
+		if s.closed && s.pending() > 0 {
+			list = append(list, s)
+		}
+	}
+	return list
+}
+
+// take reads the frames in b and returns how many bytes it used.
+func (m *Session) take(b []byte) (used int, err error) {
+	for len(b)-used >= headerSize {
+		h := parseHeader(b[used:])
+		if h.length > maxFrame {
+			return used, fault(CodeFrameSize, "a frame larger than was permitted")
+		}
+		if len(b)-used < headerSize+h.length {
+			break
+		}
+		p := b[used+headerSize : used+headerSize+h.length]
+		if err := m.takeFrame(h, p); err != nil {
+			return used, err
+		}
+		used += headerSize + h.length
+	}
+	return used, nil
+}
+
+func (m *Session) takeFrame(h header, p []byte) error {
+	if m.inBlock && (h.kind != frameContinuation || h.stream != m.headerOf.stream) {
+		return fault(CodeProtocol, "a header block interrupted by another frame")
+	}
+	if !m.settled && (h.kind != frameSettings || h.flags&flagAck != 0) {
+		return fault(CodeProtocol, "the first frame is not SETTINGS")
+	}
+	if h.kind != frameData && !m.control.take(m.heard) {
+		return fault(CodeEnhanceYourCalm, "too many control frames")
+	}
+	switch h.kind {
+	case frameData:
+		return m.takeData(h, p)
+	case frameHeaders:
+		return m.takeHeaders(h, p)
+	case frameContinuation:
+		return m.takeContinuation(h, p)
+	case frameReset:
+		return m.takeReset(h, p)
+	case frameSettings:
+		return m.takeSettings(h, p)
+	case framePing:
+		return m.takePing(h, p)
+	case frameGoAway:
+		return m.takeGoAway(h, p)
+	case frameWindow:
+		return m.takeWindow(h, p)
+	case framePush:
+		return fault(CodeProtocol, "PUSH_PROMISE")
+	case framePriority:
+		if h.stream == 0 || h.length != 5 {
+			return fault(CodeProtocol, "a malformed PRIORITY")
+		}
+	}
+	return nil // other types are ignored (RFC 9113, 4.1)
+}
+
+// known says whether a stream was ever opened.
+func (m *Session) known(id uint32) bool {
+	if m.server {
+		return id&1 == 1 && id <= m.lastID
+	}
+	return id&1 == 1 && id < m.nextID
+}
+
+func (m *Session) takeData(h header, p []byte) error {
+	if !m.known(h.stream) {
+		return fault(CodeProtocol, "DATA for a stream that was never opened")
+	}
+	if m.credit -= h.length; m.credit < 0 {
+		return fault(CodeFlowControl, "more DATA than the connection's window")
+	}
+	data, err := unpad(h, p)
+	if err != nil {
+		return err
+	}
+	m.empty++
+	if len(data) > 0 || h.flags&flagEndStream != 0 {
+		m.empty = 0
+	}
+	if m.empty > 100 {
+		return fault(CodeEnhanceYourCalm, "too many DATA frames without data")
+	}
+	s := m.streams[h.stream]
+	if s == nil || s.rerr != nil {
+		m.consumed(h.length)
+		if s != nil {
+			s.reset(CodeStreamClosed, &ResetError{CodeStreamClosed})
+		}
+		return nil
+	}
+	if s.credit -= h.length; s.credit < 0 {
+		m.consumed(h.length)
+		s.reset(CodeFlowControl, fault(CodeFlowControl, "more DATA than the stream's window"))
+		return nil
+	}
+	pad := h.length - len(data)
+	if s.closed {
+		m.consumed(len(data))
+	} else if len(data) > 0 {
+		s.deliver(data)
+	}
+	if pad > 0 {
+		s.consumed(pad)
+	}
+	if h.flags&flagEndStream != 0 {
+		s.rerr = io.EOF
+		s.readable.Signal()
+		s.finish()
+	}
+	return nil
+}
+
+func (m *Session) takeReset(h header, p []byte) error {
+	if h.length != 4 {
+		return fault(CodeFrameSize, "a malformed RST_STREAM")
+	}
+	if !m.known(h.stream) {
+		return fault(CodeProtocol, "RST_STREAM for a stream that was never opened")
+	}
+	s := m.streams[h.stream]
+	if !m.resets.take(m.heard) {
+		return fault(CodeEnhanceYourCalm, "too many resets")
+	}
+	// The rapid reset: opened, and taken back before anything came of it.
+	if m.server && (s == nil || s.state == stateOpening || m.heard.Sub(s.born) < time.Second && s.finSent) && !m.earlyResets.take(m.heard) {
+		return fault(CodeEnhanceYourCalm, "too many early resets")
+	}
+	if s == nil {
+		return nil
+	}
+	code := Code(binary.BigEndian.Uint32(p))
+	var cause error = &ResetError{code}
+	if code == CodeRefused && s.state == stateOpening {
+		cause = ErrDraining
+	}
+	if s.rerr == nil {
+		s.rerr = cause
+	}
+	if s.rerr != io.EOF {
+		s.drop()
+	} else {
+		m.giveBack(s.out)
+		s.out, s.outOff = nil, 0
+	}
+	m.remove(s, cause)
+	return nil
+}
+
+func (m *Session) takeSettings(h header, p []byte) error {
+	switch {
+	case h.stream != 0:
+		return fault(CodeProtocol, "SETTINGS for a stream")
+	case h.flags&flagAck != 0:
+		if h.length != 0 {
+			return fault(CodeFrameSize, "an acknowledgement with settings")
+		}
+		return nil
+	case h.length%6 != 0 || h.length > 64*6:
+		return fault(CodeFrameSize, "a malformed SETTINGS")
+	case !m.settings.take(m.heard):
+		return fault(CodeEnhanceYourCalm, "too many SETTINGS")
+	}
+	for ; len(p) > 0; p = p[6:] {
+		if err := m.set(binary.BigEndian.Uint16(p), binary.BigEndian.Uint32(p[2:])); err != nil {
+			return err
+		}
+	}
+	if !m.settled {
+		m.settled = true
+		m.deadline(m.heard)
+	}
+	m.out = appendHeader(m.out, 0, frameSettings, flagAck, 0)
+	m.wake()
+	m.changed.Broadcast()
+	return nil
+}
+
+func (m *Session) set(id uint16, v uint32) error {
+	switch id {
+	case settingTableSize:
+		m.enc.SetMaxDynamicTableSize(min(v, 4096))
+	case settingPush:
+		if v > 1 || v == 1 && !m.server {
+			return fault(CodeProtocol, "a malformed ENABLE_PUSH")
+		}
+	case settingMaxStreams:
+		m.peerStreams = int(min(v, 1<<20))
+	case settingInitialWindow:
+		if v > maxWindow {
+			return fault(CodeFlowControl, "an initial window that is too large")
+		}
+		delta := int64(v) - m.peerWindow
+		m.peerWindow = int64(v)
+		for _, s := range m.streams {
+			if s.send += delta; s.send > maxWindow {
+				return fault(CodeFlowControl, "a window that is too large")
+			}
+			if s.pending() > 0 {
+				m.enqueue(s)
+			}
+		}
+	case settingMaxFrame:
+		if v < maxFrame || v > 1<<24-1 {
+			return fault(CodeProtocol, "a malformed MAX_FRAME_SIZE")
+		}
+	}
+	return nil
+}
+
+func (m *Session) takePing(h header, p []byte) error {
+	if h.length != 8 || h.stream != 0 {
+		return fault(CodeFrameSize, "a malformed PING")
+	}
+	if h.flags&flagAck != 0 {
+		return nil
+	}
+	if !m.pings.take(m.heard) {
+		return fault(CodeEnhanceYourCalm, "too many PINGs")
+	}
+	m.out = append(appendHeader(m.out, 8, framePing, flagAck, 0), p...)
+	m.wake()
+	return nil
+}
+
+func (m *Session) takeGoAway(h header, p []byte) error {
+	if h.length < 8 || h.stream != 0 {
+		return fault(CodeFrameSize, "a malformed GOAWAY")
+	}
+	last := binary.BigEndian.Uint32(p) & maxWindow
+	if !m.draining {
+		m.draining, m.drainedAt = true, m.heard
+	}
+	if !m.server {
+		for id, s := range m.streams {
+			if id > last {
+				s.end(ErrDraining)
+			}
+		}
+	}
+	m.wakeAll()
+	return nil
+}
+
+func (m *Session) takeWindow(h header, p []byte) error {
+	if h.length != 4 {
+		return fault(CodeFrameSize, "a malformed WINDOW_UPDATE")
+	}
+	n := int64(binary.BigEndian.Uint32(p) & maxWindow)
+	if h.stream == 0 {
+		if n == 0 {
+			return fault(CodeProtocol, "a WINDOW_UPDATE of nothing")
+		}
+		if m.send += n; m.send > maxWindow {
+			return fault(CodeFlowControl, "a connection window that is too large")
+		}
+		if len(m.waiting) > 0 {
+			m.wake()
+		}
+		return nil
+	}
+	if !m.known(h.stream) {
+		return fault(CodeProtocol, "WINDOW_UPDATE for a stream that was never opened")
+	}
+	s := m.streams[h.stream]
+	if s == nil {
+		return nil
+	}
+	if n == 0 {
+		s.reset(CodeProtocol, fault(CodeProtocol, "a WINDOW_UPDATE of nothing"))
+		return nil
+	}
+	if s.send += n; s.send > maxWindow {
+		s.reset(CodeFlowControl, fault(CodeFlowControl, "a stream window that is too large"))
+		return nil
+	}
+	if s.pending() > 0 {
+		m.enqueue(s)
+	}
+	return nil
+}

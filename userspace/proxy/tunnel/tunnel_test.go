@@ -1,0 +1,714 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tunnel
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"golang.org/x/sys/unix"
+)
+
+// eachEngine runs a test on both engines.
+func eachEngine(t *testing.T, f func(t *testing.T, e *netloop.Engine)) {
+	for _, plain := range []bool{false, true} {
+		t.Run(fmt.Sprintf("goroutines=%v", plain), func(t *testing.T) {
+			e, err := netloop.New(netloop.Options{Loops: 2, Goroutines: plain})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				e.Close()
+				if s := e.Stats(); s.Panics != 0 || s.Conns != 0 || s.Tasks != 0 {
+					t.Errorf("left behind: %+v", s)
+				}
+			})
+			f(t, e)
+		})
+	}
+}
+
+// listen serves h on a loopback port of e.
+func listen(t *testing.T, e *netloop.Engine, h func(*netloop.Task, *netloop.Conn)) string {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := e.Serve(int(f.Fd()), h); err != nil {
+		t.Fatal(err)
+	}
+	return ln.Addr().String()
+}
+
+// dialFD connects to a loopback port.
+func dialFD(t *testing.T, addr string) int {
+	t.Helper()
+	a := net.TCPAddr{}
+	ap, err := net.ResolveTCPAddr("tcp4", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a = *ap
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sa := &unix.SockaddrInet4{Port: a.Port}
+	copy(sa.Addr[:], a.IP.To4())
+	if err := unix.Connect(fd, sa); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+// onLoop runs f in a task and waits for it.
+func onLoop(t *testing.T, e *netloop.Engine, f func(*netloop.Task) error) {
+	t.Helper()
+	done := make(chan error, 1)
+	e.Go(func(task *netloop.Task) { done <- f(task) })
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the task did not end")
+	}
+}
+
+// echo accepts and sends back what comes, and half-closes in turn.
+func echo(task *netloop.Task, s *Stream) {
+	switch {
+	case s.Request().Authority == "refuse.example:1":
+		_ = s.Refuse(403, "may_call")
+		return
+	case s.Request().Authority == "forwarded.example:1":
+		_ = s.Accept()
+		_, _ = io.WriteString(s, s.Request().Forwarded)
+		return
+	}
+	if s.Accept() != nil {
+		return
+	}
+	buf := make([]byte, 20000)
+	for {
+		n, err := s.Read(buf)
+		if n > 0 {
+			if _, err := s.Write(buf[:n]); err != nil {
+				return
+			}
+			if s.Flushed(64<<10) != nil {
+				return
+			}
+		}
+		if err == io.EOF {
+			_ = s.CloseWrite()
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func serveEcho(t *testing.T, e *netloop.Engine, cfg Config) string {
+	return listen(t, e, func(task *netloop.Task, c *netloop.Conn) { _ = Serve(task, c, cfg, echo) })
+}
+
+func soon() time.Time { return time.Now().Add(10 * time.Second) }
+
+func dial(t *testing.T, task *netloop.Task, addr string, cfg Config) (*Session, error) {
+	c, err := task.Adopt(dialFD(t, addr))
+	if err != nil {
+		return nil, err
+	}
+	return Dial(task, c, cfg), nil
+}
+
+// TestEcho sends much and little over many streams of one session, in both
+// directions at once.
+func TestEcho(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		addr := serveEcho(t, e, Config{})
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, addr, Config{})
+			if err != nil {
+				return err
+			}
+			const streams = 20
+			left := streams
+			var failed error
+			var done netloop.Event
+			for i := range streams {
+				task.Go(func(task *netloop.Task) {
+					defer func() { left--; done.Broadcast() }()
+					if err := exchange(task, m, i*i*i*100); err != nil {
+						failed = fmt.Errorf("stream %d: %w", i, err)
+					}
+				})
+			}
+			for left > 0 {
+				if err := task.Wait(&done); err != nil {
+					return err
+				}
+			}
+			if failed == nil && m.Streams() != 0 {
+				failed = fmt.Errorf("%d streams are left", m.Streams())
+			}
+			m.Drain()
+			return failed
+		})
+	})
+}
+
+// exchange sends n bytes and holds what comes back against them.
+func exchange(task *netloop.Task, m *Session, n int) error {
+	s, err := m.Open(task, "app.example:80", "", soon())
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	sent, got := sha256.New(), sha256.New()
+	var wrote netloop.Event
+	var werr error
+	writing := true
+	task.Go(func(task *netloop.Task) {
+		defer func() { writing = false; wrote.Broadcast() }()
+		r := rand.New(rand.NewPCG(uint64(n), 1))
+		buf := make([]byte, 30000)
+		for left := n; left > 0; {
+			k := min(left, 1+r.IntN(len(buf)))
+			for i := range buf[:k] {
+				buf[i] = byte(r.Uint32())
+			}
+			sent.Write(buf[:k])
+			if _, werr = s.Write(buf[:k]); werr != nil {
+				return
+			}
+			if werr = s.Flushed(32 << 10); werr != nil {
+				return
+			}
+			left -= k
+		}
+		werr = s.CloseWrite()
+	})
+	buf := make([]byte, 7000)
+	total := 0
+	for {
+		k, err := s.Read(buf)
+		got.Write(buf[:k])
+		total += k
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for writing {
+		if err := task.Wait(&wrote); err != nil {
+			return err
+		}
+	}
+	if werr != nil {
+		return werr
+	}
+	if total != n || !bytes.Equal(sent.Sum(nil), got.Sum(nil)) {
+		return fmt.Errorf("got %d bytes of %d, or other ones", total, n)
+	}
+	return nil
+}
+
+func TestRefuse(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		addr := serveEcho(t, e, Config{})
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, addr, Config{})
+			if err != nil {
+				return err
+			}
+			_, err = m.Open(task, "refuse.example:1", "", soon())
+			var refused *RefusedError
+			if !errors.As(err, &refused) || refused.Status != 403 || refused.Reason != "may_call" {
+				return fmt.Errorf("got %v", err)
+			}
+			s, err := m.Open(task, "forwarded.example:1", `for="[2001:db8::1]:4711"`, soon())
+			if err != nil {
+				return err
+			}
+			b, err := io.ReadAll(s)
+			if err != nil || string(b) != `for="[2001:db8::1]:4711"` {
+				return fmt.Errorf("got %q %v", b, err)
+			}
+			m.Drain()
+			return nil
+		})
+	})
+}
+
+// TestStalledReader holds that a stream whose reader sleeps stops its own
+// writer and nobody else.
+func TestStalledReader(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		addr := serveEcho(t, e, Config{})
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, addr, Config{Stall: 300 * time.Millisecond})
+			if err != nil {
+				return err
+			}
+			stalled, err := m.Open(task, "app.example:80", "", soon())
+			if err != nil {
+				return err
+			}
+			buf := make([]byte, 16<<10)
+			wrote := 0
+			for {
+				if _, err = stalled.Write(buf); err == nil {
+					err = stalled.Flushed(0)
+				}
+				if err != nil {
+					break
+				}
+				if wrote += len(buf); wrote > 8<<20 {
+					return errors.New("no back-pressure")
+				}
+			}
+			if !errors.Is(err, ErrStalled) {
+				return fmt.Errorf("got %v", err)
+			}
+			if err := exchange(task, m, 500_000); err != nil {
+				return fmt.Errorf("another stream: %w", err)
+			}
+			m.Drain()
+			return nil
+		})
+	})
+}
+
+// TestDeadline holds that a read deadline ends a read, and that the stream
+// can be used after it.
+func TestDeadline(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		addr := serveEcho(t, e, Config{})
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, addr, Config{})
+			if err != nil {
+				return err
+			}
+			s, err := m.Open(task, "a.example:1", "", soon())
+			if err != nil {
+				return err
+			}
+			_ = s.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+			if _, err := s.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				return fmt.Errorf("got %v", err)
+			}
+			if err := s.AwaitRead(); !errors.Is(err, os.ErrDeadlineExceeded) {
+				return fmt.Errorf("got %v", err)
+			}
+			_ = s.SetDeadline(time.Time{})
+			if _, err := s.Write([]byte("x")); err != nil {
+				return err
+			}
+			if err := s.AwaitRead(); err != nil {
+				return err
+			}
+			b := make([]byte, 2)
+			if n, err := s.Read(b); n != 1 || err != nil {
+				return fmt.Errorf("got %d %v", n, err)
+			}
+			m.Kill(errors.New("over"))
+			if _, err := s.Read(b); err == nil || err.Error() != "over" {
+				return fmt.Errorf("after the end: %v", err)
+			}
+			return nil
+		})
+	})
+}
+
+// TestDrain holds that a session that drains at NotAfter serves what it has
+// and refuses what comes after.
+func TestDrain(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		addr := serveEcho(t, e, Config{NotAfter: time.Now().Add(150 * time.Millisecond)})
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, addr, Config{})
+			if err != nil {
+				return err
+			}
+			s, err := m.Open(task, "a.example:1", "", soon())
+			if err != nil {
+				return err
+			}
+			for !m.Draining() {
+				if err := task.WaitTimeout(&m.changed, 5*time.Second); err != nil {
+					return err
+				}
+			}
+			if _, err := m.Open(task, "a.example:1", "", soon()); !errors.Is(err, ErrDraining) {
+				return fmt.Errorf("open while draining: %v", err)
+			}
+			if !s.Draining() {
+				return errors.New("the stream does not know")
+			}
+			if _, err := s.Write([]byte("still")); err != nil {
+				return err
+			}
+			_ = s.CloseWrite()
+			if b, err := io.ReadAll(s); err != nil || string(b) != "still" {
+				return fmt.Errorf("got %q %v", b, err)
+			}
+			_ = s.Close()
+			for !m.Over() {
+				if err := task.WaitTimeout(&m.changed, 5*time.Second); err != nil {
+					return err
+				}
+			}
+			return m.Err()
+		})
+	})
+}
+
+// TestReset holds that an abort arrives as an error and not as an end.
+func TestReset(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		got := make(chan error, 1)
+		addr := listen(t, e, func(task *netloop.Task, c *netloop.Conn) {
+			_ = Serve(task, c, Config{}, func(task *netloop.Task, s *Stream) {
+				_ = s.Accept()
+				_, err := io.ReadAll(s)
+				got <- err
+			})
+		})
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, addr, Config{})
+			if err != nil {
+				return err
+			}
+			s, err := m.Open(task, "a.example:1", "", soon())
+			if err != nil {
+				return err
+			}
+			_, _ = s.Write([]byte("half a mess"))
+			s.Abort()
+			m.Drain()
+			return nil
+		})
+		var reset *ResetError
+		if err := <-got; !errors.As(err, &reset) || reset.Code != CodeCancel {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestGoServer has our client speak to golang.org/x/net's server.
+func TestGoServer(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	t.Cleanup(wg.Wait)
+	t.Cleanup(func() { ln.Close() })
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != "CONNECT" || r.Host == "refuse.example:1" {
+			http.Error(w, "no", http.StatusForbidden)
+			return
+		}
+		w.WriteHeader(200)
+		w.(http.Flusher).Flush()
+		buf := make([]byte, 9000)
+		for {
+			n, err := r.Body.Read(buf)
+			if n > 0 {
+				if _, err := w.Write(buf[:n]); err != nil {
+					return
+				}
+				w.(http.Flusher).Flush()
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				(&http2.Server{}).ServeConn(c, &http2.ServeConnOpts{Handler: handler})
+			})
+		}
+	})
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, ln.Addr().String(), Config{})
+			if err != nil {
+				return err
+			}
+			if err := exchange(task, m, 700_000); err != nil {
+				return err
+			}
+			var refused *RefusedError
+			if _, err := m.Open(task, "refuse.example:1", "", soon()); !errors.As(err, &refused) || refused.Status != 403 {
+				return fmt.Errorf("refused: %v", err)
+			}
+			err = exchange(task, m, 10)
+			m.Drain()
+			return err
+		})
+	})
+}
+
+// TestGoClient has golang.org/x/net's client speak to our server.
+func TestGoClient(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		addr := serveEcho(t, e, Config{})
+		tr := &http2.Transport{AllowHTTP: true}
+		tr.DialTLSContext = dialPlain(addr)
+		defer tr.CloseIdleConnections()
+		var wg sync.WaitGroup
+		for i := range 10 {
+			wg.Go(func() {
+				if err := goExchange(tr, i*50_000); err != nil {
+					t.Errorf("stream %d: %v", i, err)
+				}
+			})
+		}
+		wg.Wait()
+		resp, err := tr.RoundTrip(&http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "http", Host: "refuse.example:1"}, Host: "refuse.example:1", Header: http.Header{}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 403 || resp.Header.Get(reasonField) != "may_call" {
+			t.Errorf("status %d, reason %q", resp.StatusCode, resp.Header.Get(reasonField))
+		}
+		resp, err = tr.RoundTrip(&http.Request{Method: "GET", URL: &url.URL{Scheme: "http", Host: "a.example", Path: "/"}, Header: http.Header{}})
+		if err == nil {
+			resp.Body.Close()
+			t.Errorf("GET was answered with %d", resp.StatusCode)
+		}
+	})
+}
+
+func goExchange(tr *http2.Transport, n int) error {
+	pr, pw := io.Pipe()
+	req := &http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "http", Host: "app.example:80"}, Host: "app.example:80", Header: http.Header{}, Body: pr, ContentLength: -1}
+	resp, err := tr.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	want := bytes.Repeat([]byte("0123456789"), n/10)
+	go func() {
+		_, _ = pw.Write(want)
+		pw.Close()
+	}()
+	got, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(got, want) {
+		return fmt.Errorf("got %d bytes, want %d", len(got), len(want))
+	}
+	return nil
+}
+
+// hostile is what a peer may try; each must cost it the session.
+func TestHostilePeers(t *testing.T) {
+	block := func(pairs ...string) []byte {
+		var b bytes.Buffer
+		enc := hpack.NewEncoder(&b)
+		for i := 0; i < len(pairs); i += 2 {
+			_ = enc.WriteField(hpack.HeaderField{Name: pairs[i], Value: pairs[i+1]})
+		}
+		return b.Bytes()
+	}
+	connect := block(":method", "CONNECT", ":authority", "a.example:1")
+	frame := func(kind, flags uint8, id uint32, p []byte) []byte {
+		return append(appendHeader(nil, len(p), kind, flags, id), p...)
+	}
+	repeat := func(n int, f func(i int) []byte) []byte {
+		var b []byte
+		for i := range n {
+			b = append(b, f(i)...)
+		}
+		return b
+	}
+	hello := slices.Clip(append([]byte(preface), appendSettings(nil)...))
+	cases := []struct {
+		name string
+		send []byte
+		code Code
+	}{
+		{"no preface", []byte("GET / HTTP/1.1\r\nHost: a\r\n\r\n"), CodeProtocol},
+		{"no settings", append([]byte(preface), frame(framePing, 0, 0, make([]byte, 8))...), CodeProtocol},
+		{"rapid reset", append(hello, repeat(2000, func(i int) []byte {
+			id := uint32(2*i + 1)
+			return append(frame(frameHeaders, flagEndHeaders, id, connect), appendReset(nil, id, CodeCancel)...)
+		})...), CodeEnhanceYourCalm},
+		{"too many streams", append(hello, repeat(5000, func(i int) []byte {
+			return frame(frameHeaders, flagEndHeaders, uint32(2*i+1), connect)
+		})...), CodeEnhanceYourCalm},
+		{"settings flood", append(hello, repeat(100, func(int) []byte { return appendSettings(nil, settingInitialWindow, 70000) })...), CodeEnhanceYourCalm},
+		{"ping flood", append(hello, repeat(200, func(int) []byte { return frame(framePing, 0, 0, make([]byte, 8)) })...), CodeEnhanceYourCalm},
+		{"priority flood", append(hello, repeat(50000, func(int) []byte { return frame(framePriority, 0, 1, make([]byte, 5)) })...), CodeEnhanceYourCalm},
+		{"unknown flood", append(hello, repeat(50000, func(int) []byte { return frame(99, 0, 1, nil) })...), CodeEnhanceYourCalm},
+		{"empty data flood", append(append(hello, frame(frameHeaders, flagEndHeaders, 1, connect)...),
+			repeat(1000, func(int) []byte { return frame(frameData, 0, 1, nil) })...), CodeEnhanceYourCalm},
+		{"continuation flood", append(append(hello, frame(frameHeaders, 0, 1, connect)...),
+			repeat(1000, func(int) []byte { return frame(frameContinuation, 0, 1, nil) })...), CodeEnhanceYourCalm},
+		{"large header block", append(append(hello, frame(frameHeaders, 0, 1, connect)...),
+			repeat(4, func(int) []byte { return frame(frameContinuation, 0, 1, make([]byte, 8000)) })...), CodeEnhanceYourCalm},
+		{"interrupted block", append(append(hello, frame(frameHeaders, 0, 1, connect)...), frame(framePing, 0, 0, make([]byte, 8))...), CodeProtocol},
+		{"bad compression", append(hello, frame(frameHeaders, flagEndHeaders, 1, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff})...), CodeCompression},
+		{"large frame", append(hello, appendHeader(nil, maxFrame+1, frameData, 0, 1)...), CodeFrameSize},
+		{"even stream", append(hello, frame(frameHeaders, flagEndHeaders, 2, connect)...), CodeProtocol},
+		{"data for no stream", append(hello, frame(frameData, 0, 1, []byte("x"))...), CodeProtocol},
+		{"reset of no stream", append(hello, appendReset(nil, 1, CodeCancel)...), CodeProtocol},
+		{"window of nothing", append(hello, appendWindow(nil, 0, 0)...), CodeProtocol},
+		{"window overflow", append(hello, append(appendWindow(nil, 0, maxWindow), appendWindow(nil, 0, maxWindow)...)...), CodeFlowControl},
+		{"initial window overflow", append(hello, appendSettings(nil, settingInitialWindow, 1<<31)...), CodeFlowControl},
+		{"push promise", append(hello, frame(framePush, flagEndHeaders, 1, make([]byte, 4))...), CodeProtocol},
+		{"padding", append(append(hello, frame(frameHeaders, flagEndHeaders, 1, connect)...), frame(frameData, flagPadded, 1, []byte{200, 1})...), CodeProtocol},
+		{"settings of a wrong size", append(hello, frame(frameSettings, 0, 0, make([]byte, 7))...), CodeFrameSize},
+		{"settings for a stream", append(hello, frame(frameSettings, 0, 1, nil)...), CodeProtocol},
+		{"max frame size", append(hello, appendSettings(nil, settingMaxFrame, 1)...), CodeProtocol},
+		{"ping of a wrong size", append(hello, frame(framePing, 0, 0, make([]byte, 7))...), CodeFrameSize},
+	}
+	e, err := netloop.New(netloop.Options{Loops: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	ended := make(chan error, 1)
+	addr := listen(t, e, func(task *netloop.Task, c *netloop.Conn) {
+		// A handshake that does not come ends early here.
+		ended <- Serve(task, c, Config{MaxStreams: 100, Handshake: 2 * time.Second}, func(task *netloop.Task, s *Stream) {
+			// Accepting takes as long as it does for a real destination.
+			_ = task.Sleep(time.Hour)
+		})
+	})
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			conn, err := net.Dial("tcp4", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+			go func() { _, _ = conn.Write(c.send) }()
+			err = <-ended
+			var f *FaultError
+			if !errors.As(err, &f) || f.Code != c.code {
+				t.Fatalf("the session ended with %v, want code %d", err, c.code)
+			}
+		})
+	}
+	if s := e.Stats(); s.Panics != 0 {
+		t.Errorf("%d panics", s.Panics)
+	}
+}
+
+// TestStreamFaults are what costs the peer a stream and not the session.
+func TestStreamFaults(t *testing.T) {
+	e, err := netloop.New(netloop.Options{Loops: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	addr := serveEcho(t, e, Config{})
+	conn, err := net.Dial("tcp4", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+	fr := http2.NewFramer(conn, conn)
+	if _, err := io.WriteString(conn, preface); err != nil {
+		t.Fatal(err)
+	}
+	_ = fr.WriteSettings()
+	var b bytes.Buffer
+	enc := hpack.NewEncoder(&b)
+	write := func(id uint32, pairs ...string) {
+		b.Reset()
+		for i := 0; i < len(pairs); i += 2 {
+			_ = enc.WriteField(hpack.HeaderField{Name: pairs[i], Value: pairs[i+1]})
+		}
+		_ = fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: b.Bytes(), EndHeaders: true})
+	}
+	cases := [][]string{
+		{":method", "CONNECT"},
+		{":method", "CONNECT", ":authority", "a:1", ":path", "/"},
+		{":method", "CONNECT", ":authority", "a:1", ":protocol", "websocket"},
+		{":method", "CONNECT", ":authority", "a:1", ":authority", "b:1"},
+		{":method", "CONNECT", "x", "y", ":authority", "a:1"},
+		{":method", "CONNECT", ":authority", "a:1", "Upper", "y"},
+		{":method", "CONNECT", ":authority", "a:1", "x", "a\nb"},
+		{":method", "CONNECT", ":authority", "a:1", "connection", "close"},
+		{":method", "CONNECT", ":authority", "a:1", "forwarded", "for=a", "forwarded", "for=b"},
+		{":method", "CONNECT", ":authority", "a:1", "x", strings.Repeat("y", 15000), "z", strings.Repeat("y", 2000)},
+	}
+	for i, c := range cases {
+		write(uint32(2*i+1), c...)
+	}
+	good := uint32(2*len(cases) + 1)
+	write(good, ":method", "CONNECT", ":authority", "a:1")
+	_ = fr.WriteData(good, true, []byte("hi"))
+	reset := map[uint32]bool{}
+	for {
+		f, err := fr.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch f := f.(type) {
+		case *http2.RSTStreamFrame:
+			reset[f.StreamID] = true
+		case *http2.DataFrame:
+			if f.StreamID != good || string(f.Data()) != "hi" {
+				continue
+			}
+			for i, c := range cases {
+				if !reset[uint32(2*i+1)] {
+					t.Errorf("%q was not reset", c)
+				}
+			}
+			return
+		}
+	}
+}
+
+func dialPlain(addr string) func(ctx context.Context, network, a string, _ *tlsConfig) (net.Conn, error) {
+	return func(ctx context.Context, network, _ string, _ *tlsConfig) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp4", addr)
+	}
+}
