@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# make demo   builds bin/sallyport and runs the main job on this machine: two nodes, real traffic
+# make test   installs what the tests need and runs everything that CI runs
+# make help   lists the rest
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+export CGO_ENABLED := 0
+GOFLAGS_BUILD := -trimpath -buildvcs=false
+GO_FILES := $(shell find agent bpf cmd policies userspace vmtests -name '*.go' 2>/dev/null)
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+APT_PACKAGES := clang llvm libbpf-dev protobuf-compiler nginx-light curl wrk swtpm swtpm-tools openssl iproute2 procps
+GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+.PHONY: help build demo test deps unit race e2e lint generate bench vmtest fuzz clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: bin/sallyport ## bin/sallyport
+
+bin/sallyport: go.mod go.sum $(GO_FILES) $(wildcard bpf/*.o)
+	go build $(GOFLAGS_BUILD) -ldflags '-s -w -X main.version=$(VERSION)' -o $@ ./cmd/sallyport
+
+demo: build ## two nodes on this machine, real traffic, one line a case (root)
+	bin/sallyport demo
+
+deps: ## installs what the tests need (Debian, Ubuntu; root)
+	@missing=""; for p in $(APT_PACKAGES); do \
+	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+	  command -v apt-get >/dev/null || { echo "install these first:$$missing" >&2; exit 1; }; \
+	  apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+
+test: deps build unit race e2e ## everything that CI runs (root)
+
+unit: ## unit tests, fuzz seeds, BPF programs in the live kernel (root)
+	go vet ./...
+	SALLYPORT_TEST_STRICT=1 go test -count=1 -p 2 ./...
+
+race: ## the race detector over what is concurrent
+	CGO_ENABLED=1 go test -race -count=1 $(RACE_PACKAGES)
+
+e2e: build ## the demo, judged, and its proof that it can fail (root)
+	bin/sallyport demo -o json
+
+lint: ## golangci-lint with the chosen list
+	go run $(GOLANGCI) run ./...
+
+generate: ## BPF objects and generated Go (clang, protoc)
+	go generate ./bpf/... ./userspace/... ./agent/...
+
+clean: ## what was built
+	rm -rf bin out
