@@ -21,12 +21,15 @@
 //
 // P is never below 1/(N+1), where N is how many requests the endpoint's
 // calibration rests on: a threshold below that cannot be reached yet. An
-// operator who wants terminate at 1e-4 needs 10,000 requests of that
+// operator who wants to act at 1e-3 needs some 3,000 requests of that
 // endpoint; after a warm-up of 200 a threshold of 0.02 is reachable (P of an
 // injection is then about 0.006), after 60 about 0.02 is the least there is.
-// N is about the number of learned requests less those of the first eighth
-// of the warm-up, at most 16. The rate of false alarms of a threshold is the
-// threshold itself.
+// N is the number n of learned requests, less those of the first eighth of
+// the warm-up (at most 16), up to 256, and between n/3 and 2n/3 beyond. The
+// rate of false alarms of a threshold is at most about the threshold itself.
+//
+// P is what thresholds are for. To order requests of different endpoints,
+// or those whose P is at its least, take [Score.Evidence].
 package anomaly
 
 import (

@@ -4,14 +4,19 @@ package anomaly
 
 import "math"
 
-const calibrationSteps = 48
+const (
+	calibrationSteps = 48
+	firstAging       = 256
+)
 
 // calibration is a histogram of scores that were given to learned requests
-// before they were learned. Steps are a quarter of a bit wide up to 8 bits,
+// before they were learned. The scores of a young model are high and say
+// little, so at every power of two from 256 on the past counts half. Steps are a quarter of a bit wide up to 8 bits,
 // one bit up to 16, four beyond.
 type calibration struct {
 	Counts  [calibrationSteps]uint16
 	Total   uint32
+	Added   uint32  // since the start
 	Highest float32 // the greatest score of a request that was learned
 }
 
@@ -66,7 +71,8 @@ func (c *calibration) add(bits float64, held bool) {
 	}
 	c.Counts[at]++
 	c.Total++
-	if c.Total >= ageAt {
+	c.Added++
+	if c.Total >= ageAt || c.Added >= firstAging && c.Added&(c.Added-1) == 0 {
 		c.Total = 0
 		for i := range c.Counts {
 			c.Counts[i] /= 2
