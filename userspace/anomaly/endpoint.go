@@ -10,7 +10,7 @@ import (
 
 const (
 	maxParameters = 13 // of an endpoint whose values are modelled
-	maxExtras     = 24 // further ones, of which only presence is counted
+	maxExtras     = 20 // further ones, of which only presence is counted
 	maxUnseen     = 0.01
 	// Most scores of an immature model say nothing: the first eighth of the
 	// warm-up, at most that many, is learned but not calibrated on.
