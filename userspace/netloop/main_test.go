@@ -67,6 +67,9 @@ func (b *bench) start(opt netloop.Options) *bench {
 	}
 	b.Engine = e
 	b.t.Cleanup(func() {
+		if b.t.Failed() {
+			b.t.Logf("%+v", e.Stats())
+		}
 		_ = e.Close()
 		eventually(b.t, "goroutines end", func() bool { return runtime.NumGoroutine() <= goroutines })
 		eventually(b.t, "descriptors are closed", func() bool { return openDescriptors(b.t) <= descriptors })
@@ -108,10 +111,14 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			buf := make([]byte, 1<<16)
-			t.Fatalf("%s: not within %v\n%s", what, patience, buf[:runtime.Stack(buf, true)])
+			t.Fatalf("%s: not within %v\n%s", what, patience, stacks())
 		}
 	}
+}
+
+func stacks() []byte {
+	buf := make([]byte, 1<<16)
+	return buf[:runtime.Stack(buf, true)]
 }
 
 // serve listens on loopback and returns the address.
@@ -189,8 +196,7 @@ func await(t testing.TB, what string, done <-chan struct{}) {
 	select {
 	case <-done:
 	case <-time.After(patience):
-		buf := make([]byte, 1<<16)
-		t.Fatalf("%s: not done within %v\n%s", what, patience, buf[:runtime.Stack(buf, true)])
+		t.Fatalf("%s: not done within %v\n%s", what, patience, stacks())
 	}
 }
 

@@ -4,6 +4,7 @@ package netloop
 
 import (
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -226,6 +227,9 @@ func (c *Conn) readPlain(p []byte) (int, error) {
 	c.l.bytesRead.Add(uint64(n))
 	if c.rerr != nil { // closed meanwhile
 		return 0, c.rerr
+	}
+	if err == io.EOF {
+		c.rerr = err
 	}
 	return n, err
 }

@@ -3,10 +3,17 @@
 package netloop_test
 
 import (
+	"bytes"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
 	"net"
+	"os"
+	"slices"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 )
@@ -78,4 +85,250 @@ func dressed(c *netloop.Conn, kind string, server bool) netloop.Stream {
 		return opaque{c, c.CloseWrite, c.Flushed}
 	}
 	return c
+}
+
+// upstreamed relays one client to a server of its own, and returns the client and what Relay returned.
+func (b *bench) upstreamed(server func(*netloop.Task, *netloop.Conn), dress [2]string, o netloop.RelayOptions, ids chan<- uint64) (*net.TCPConn, <-chan error) {
+	b.t.Helper()
+	to := b.serve(server)
+	return b.handled(func(t *netloop.Task, c *netloop.Conn) error {
+		u, err := t.Adopt(connecting(b.t, to))
+		if err != nil {
+			return err
+		}
+		if ids != nil {
+			ids <- c.ID()
+			ids <- u.ID()
+		}
+		_, _, err = netloop.Relay(t, dressed(c, dress[0], true), dressed(u, dress[1], false), o)
+		if err != nil {
+			c.Abort()
+		}
+		return err
+	})
+}
+
+// ways are the two that Relay works: without its task, and with one for each direction.
+var ways = map[string][2]string{"callbacks": {"plain", "plain"}, "tasks": {"opaque", "plain"}}
+
+func onEachWay(t *testing.T, f func(t *testing.T, b *bench, dress [2]string)) {
+	for name, dress := range ways {
+		t.Run(name, func(t *testing.T) {
+			onBoth(t, func(t *testing.T, b *bench) { f(t, b, dress) })
+		})
+	}
+}
+
+func TestRelayServerEndsFirst(t *testing.T) {
+	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
+		b.start(netloop.Options{})
+		got := make(chan string, 1)
+		c, errs := b.upstreamed(func(_ *netloop.Task, c *netloop.Conn) {
+			c.Write([]byte("greeting"))
+			c.CloseWrite()
+			all, err := io.ReadAll(c)
+			got <- fmt.Sprint(string(all), err)
+		}, dress, netloop.RelayOptions{}, nil)
+		if all, err := io.ReadAll(c); string(all) != "greeting" || err != nil {
+			t.Errorf("read %q, %v", all, err)
+		}
+		c.Write([]byte("answer"))
+		c.CloseWrite()
+		if s := <-got; s != "answer<nil>" {
+			t.Errorf("the server read %s", s)
+		}
+		wantErr(t, errs, nil)
+	})
+}
+
+func TestRelayIdle(t *testing.T) {
+	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
+		b.start(netloop.Options{})
+		const idle = 80 * time.Millisecond
+		c, errs := b.upstreamed(echo, dress, netloop.RelayOptions{Idle: idle}, nil)
+		start := time.Now()
+		buf := make([]byte, 1)
+		for time.Since(start) < 2*idle { // is not idle
+			c.Write([]byte("x"))
+			if _, err := io.ReadFull(c, buf); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(idle / 10)
+		}
+		quiet := time.Now()
+		wantErr(t, errs, os.ErrDeadlineExceeded)
+		if d := time.Since(quiet); d < idle*8/10 {
+			t.Errorf("cut after %v, idle time-out %v", d, idle)
+		}
+	})
+}
+
+func TestRelayOneWayIsNotIdle(t *testing.T) {
+	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
+		b.start(netloop.Options{})
+		const idle = 80 * time.Millisecond
+		c, errs := b.upstreamed(func(t *netloop.Task, c *netloop.Conn) {
+			for range 20 {
+				c.Write([]byte("x"))
+				t.Sleep(idle / 8)
+			}
+			c.CloseWrite()
+			_, _ = io.Copy(io.Discard, c)
+		}, dress, netloop.RelayOptions{Idle: idle}, nil)
+		if all, err := io.ReadAll(c); len(all) != 20 || err != nil {
+			t.Errorf("read %q, %v", all, err)
+		}
+		c.Close()
+		wantErr(t, errs, nil)
+	})
+}
+
+func TestRelayKill(t *testing.T) {
+	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
+		b.start(netloop.Options{})
+		revoked := errors.New("revoked")
+		for side := range 2 {
+			ids := make(chan uint64, 2)
+			c, errs := b.upstreamed(echo, dress, netloop.RelayOptions{}, ids)
+			id := [2]uint64{<-ids, <-ids}[side]
+			c.Write([]byte("x"))
+			if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+			b.Kill(id, revoked)
+			wantErr(t, errs, revoked)
+			if _, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("killed side %d: the client saw %v, want a reset", side, err)
+			}
+		}
+		eventually(t, "all is closed", func() bool { return b.Stats().Conns == 0 })
+	})
+}
+
+func TestRelayReset(t *testing.T) {
+	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
+		b.start(netloop.Options{})
+		c, errs := b.upstreamed(func(_ *netloop.Task, c *netloop.Conn) {
+			c.Read(make([]byte, 1))
+			c.Abort()
+		}, dress, netloop.RelayOptions{}, nil)
+		c.Write([]byte("x"))
+		wantErr(t, errs, syscall.ECONNRESET)
+		if _, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the client saw %v, want a reset", err)
+		}
+	})
+}
+
+// TestRelayClientVanishes has the client end its side and then reset the connection, which no read can find any more.
+func TestRelayClientVanishes(t *testing.T) {
+	b := (&bench{t: t}).start(netloop.Options{})
+	ended, released := make(chan struct{}), make(chan struct{})
+	defer close(released)
+	c, errs := b.upstreamed(func(t *netloop.Task, c *netloop.Conn) {
+		_, _ = io.Copy(io.Discard, c)
+		close(ended)
+		t.Block(func() { <-released })
+	}, ways["callbacks"], netloop.RelayOptions{}, nil)
+	c.CloseWrite()
+	await(t, "end of the client's side", ended)
+	c.SetLinger(0)
+	c.Close()
+	wantErr(t, errs, syscall.EPIPE)
+}
+
+func TestRelayBackPressure(t *testing.T) {
+	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
+		b.start(netloop.Options{WriteLimit: 64 << 10})
+		const total = 64 << 20
+		data := random(1 << 20)
+		c, errs := b.upstreamed(func(_ *netloop.Task, c *netloop.Conn) {
+			for range total / len(data) {
+				for piece := range slices.Chunk(data, 32<<10) {
+					if _, err := c.Write(piece); err != nil {
+						return
+					}
+					if err := c.Flushed(64 << 10); err != nil {
+						return
+					}
+				}
+			}
+			c.CloseWrite()
+			_, _ = c.Read(make([]byte, 1))
+		}, dress, netloop.RelayOptions{}, nil)
+		var before uint64
+		eventually(t, "all stops", func() bool {
+			now := b.Stats().BytesRead
+			same := now == before && now > 0
+			before = now
+			time.Sleep(20 * time.Millisecond)
+			return same
+		})
+		if before >= total {
+			t.Fatalf("%d bytes were taken for a client that reads nothing", before)
+		}
+		buf := make([]byte, len(data))
+		for n := 0; n < total; n += len(data) {
+			if _, err := io.ReadFull(c, buf); err != nil || !bytes.Equal(buf, data) {
+				t.Fatalf("after %d bytes: %v", n, err)
+			}
+		}
+		c.Close()
+		wantErr(t, errs, nil)
+	})
+}
+
+func TestRelayTruncatedTLS(t *testing.T) {
+	onBoth(t, func(t *testing.T, b *bench) {
+		b.start(netloop.Options{})
+		raw, errs := b.upstreamed(echo, [2]string{"tls", "plain"}, netloop.RelayOptions{}, nil)
+		c := tls.Client(raw, clientTLS())
+		c.Write([]byte("x"))
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		raw.CloseWrite() // without close_notify
+		wantErr(t, errs, io.ErrUnexpectedEOF)
+	})
+}
+
+func TestRelayHandshakeFails(t *testing.T) {
+	onBoth(t, func(t *testing.T, b *bench) {
+		b.start(netloop.Options{})
+		c, errs := b.upstreamed(echo, [2]string{"tls", "plain"}, netloop.RelayOptions{}, nil)
+		c.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
+		select {
+		case err := <-errs:
+			if err == nil {
+				t.Error("no error")
+			}
+		case <-time.After(patience):
+			t.Fatal("the handshake goes on")
+		}
+	})
+}
+
+func TestRelayAfterRead(t *testing.T) {
+	// What was received before Relay, and not read, is part of it.
+	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
+		b.start(netloop.Options{})
+		to := b.serve(echo)
+		c, errs := b.handled(func(task *netloop.Task, c *netloop.Conn) error {
+			first := make([]byte, 3)
+			if _, err := io.ReadFull(c, first); err != nil {
+				return err
+			}
+			u, err := task.Adopt(connecting(t, to))
+			if err != nil {
+				return err
+			}
+			if _, err := u.Write(first); err != nil {
+				return err
+			}
+			_, _, err = netloop.Relay(task, dressed(c, dress[0], true), dressed(u, dress[1], false), netloop.RelayOptions{})
+			return err
+		})
+		roundTrip(t, c, random(1000))
+		wantErr(t, errs, nil)
+	})
 }
