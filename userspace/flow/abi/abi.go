@@ -9,7 +9,6 @@ package abi
 import (
 	"encoding/binary"
 	"net/netip"
-	"runtime"
 	"structs"
 	"unsafe"
 
@@ -84,22 +83,19 @@ func NewFlowMap(fd int) FlowMap { return FlowMap{uint32(fd)} }
 
 // lookupAttr is the part of union bpf_attr that BPF_MAP_LOOKUP_ELEM reads.
 type lookupAttr struct {
-	_          structs.HostLayout
-	fd         uint32
-	_          uint32
-	key, value uint64
-	flags      uint64
+	_     structs.HostLayout
+	fd    uint32
+	_     uint32
+	key   unsafe.Pointer // 8 bytes on every target that we build for
+	value unsafe.Pointer
+	flags uint64
 }
 
 // Lookup reads the entry of k into v. Its error is unix.ENOENT where there
 // is none. It allocates nothing.
 func (m FlowMap) Lookup(k *FlowKey, v *FlowValue) error {
-	attr := lookupAttr{fd: m.fd, key: uint64(uintptr(unsafe.Pointer(k))), value: uint64(uintptr(unsafe.Pointer(v)))}
-	var pin runtime.Pinner
-	pin.Pin(k)
-	pin.Pin(v)
+	attr := lookupAttr{fd: m.fd, key: unsafe.Pointer(k), value: unsafe.Pointer(v)}
 	_, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_MAP_LOOKUP_ELEM, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	pin.Unpin()
 	if errno != 0 {
 		return errno
 	}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/sallyport-dev/sallyport/bpf"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+// State is everything that policy and workloads say to the kernel.
+type State struct {
+	Identities map[uint64]Identity // by cgroup id
+	Paths      map[string]Identity // by cgroup path, see SetPath
+	Claims     map[netip.AddrPort]flow.IdentityNumber
+	Egress     map[EgressRule]bool
+	Protected  map[ProtectedPort]Protection
+}
+
+// Apply makes the maps say what the state says, by the difference. What
+// protects is added first and what protected is removed last, so that no
+// moment in between is more open than both ends. It stops at the first
+// error; the state may then be mixed, but never more open than the old one
+// or the new one. Verdicts to addresses whose claim changes are removed.
+func (d *Datapath) Apply(s State) error {
+	claims := make(map[bpf.KernelClaimedKey]uint32, len(s.Claims))
+	for at, number := range s.Claims {
+		key, err := claimedKey(at)
+		if err != nil {
+			return err
+		}
+		claims[key] = uint32(number)
+	}
+	if err := d.tighten(s); err != nil {
+		return err
+	}
+	if err := d.applyIdentities(s); err != nil {
+		return err
+	}
+	return d.loosen(s, claims)
+}
+
+func (d *Datapath) tighten(s State) error {
+	for at, p := range s.Protected {
+		if err := d.Protect(at, p); err != nil {
+			return err
+		}
+	}
+	for at, number := range s.Claims {
+		var old bpf.KernelClaimedValue
+		key, _ := claimedKey(at) // checked by Apply
+		err := d.maps.Claimed.Lookup(&key, &old)
+		if err == nil && old.Identity == uint32(number) {
+			continue
+		}
+		if err := d.Claim(at, number); err != nil {
+			return err
+		}
+		if err := d.DeleteVerdicts(VerdictFilter{Destination: at}); err != nil {
+			return err
+		}
+	}
+	return d.applyEgress(s.Egress)
+}
+
+// applyEgress removes before it adds: of two prefixes the longer one wins,
+// and all of them allow.
+func (d *Datapath) applyEgress(rules map[EgressRule]bool) error {
+	want := make(map[bpf.KernelEgressKey]bool, len(rules))
+	for r, allow := range rules {
+		if !allow {
+			continue
+		}
+		key, err := egressKey(r)
+		if err != nil {
+			return err
+		}
+		want[key] = true
+	}
+	if err := prune(d.maps.Egress, func(k *bpf.KernelEgressKey) bool { return want[*k] }); err != nil {
+		return fmt.Errorf("prune egress: %w", err)
+	}
+	for key := range want {
+		if err := d.maps.Egress.Put(&key, &bpf.KernelEgressValue{Allow: 1}); err != nil {
+			return fmt.Errorf("allow egress: %w", full(err))
+		}
+	}
+	return nil
+}
+
+func (d *Datapath) applyIdentities(s State) error {
+	for id, i := range s.Identities {
+		var old bpf.KernelIdentityValue
+		if err := d.maps.IdentityByCgroup.Lookup(id, &old); err == nil && same(old, i) {
+			continue
+		}
+		if err := d.SetIdentity(id, i); err != nil {
+			return err
+		}
+	}
+	for path, i := range s.Paths {
+		key, err := pathKey(path)
+		if err != nil {
+			return err
+		}
+		var old bpf.KernelIdentityValue
+		if err := d.maps.IdentityByPath.Lookup(&key, &old); err == nil && same(old, i) {
+			continue
+		}
+		if err := d.SetPath(path, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func same(old bpf.KernelIdentityValue, i Identity) bool {
+	return old.Number == uint32(i.Number) && old.Mode == uint8(i.Mode) && old.Flags == uint8(i.Flags)
+}
+
+func (d *Datapath) loosen(s State, claims map[bpf.KernelClaimedKey]uint32) error {
+	gone, err := keysOf(d.maps.Claimed, func(k *bpf.KernelClaimedKey) bool { _, keep := claims[*k]; return !keep })
+	if err != nil {
+		return fmt.Errorf("read claims: %w", err)
+	}
+	for i := range gone {
+		at := addrPort(gone[i].Addr.Word, gone[i].Port)
+		if err := d.Unclaim(at); err != nil {
+			return err
+		}
+		if err := d.DeleteVerdicts(VerdictFilter{Destination: at}); err != nil {
+			return err
+		}
+	}
+	ports, err := keysOf(d.maps.Protected, func(k *bpf.KernelProtectedKey) bool {
+		_, keep := s.Protected[ProtectedPort{k.Netns, k.Port}]
+		return !keep
+	})
+	if err != nil {
+		return fmt.Errorf("read protected ports: %w", err)
+	}
+	for _, k := range ports {
+		if err := d.Unprotect(ProtectedPort{k.Netns, k.Port}); err != nil {
+			return err
+		}
+	}
+	paths := make(map[bpf.KernelPathKey]bool, len(s.Paths))
+	for path := range s.Paths {
+		key, _ := pathKey(path) // checked by applyIdentities
+		paths[key] = true
+	}
+	if err := prune(d.maps.IdentityByPath, func(k *bpf.KernelPathKey) bool { return paths[*k] }); err != nil {
+		return fmt.Errorf("prune identities by path: %w", err)
+	}
+	if err := prune(d.maps.IdentityByCgroup, func(id *uint64) bool { _, keep := s.Identities[*id]; return keep }); err != nil {
+		return fmt.Errorf("prune identities: %w", err)
+	}
+	return nil
+}
+
+// prune removes the keys that are not to be kept.
+func prune[K any](m *ebpf.Map, keep func(*K) bool) error {
+	gone, err := keysOf(m, func(k *K) bool { return !keep(k) })
+	if err != nil {
+		return err
+	}
+	for i := range gone {
+		if err := absent(m.Delete(&gone[i])); err != nil {
+			return err
+		}
+	}
+	return nil
+}
