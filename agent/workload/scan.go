@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package workload
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// scanned is one cgroup while a table is made.
+type scanned struct {
+	Cgroup
+	procs []int
+	names []string
+	bys   []string
+	netns map[uint64]bool
+}
+
+// scan looks at everything once. What it returns to be released is no longer
+// in the table.
+func (r *Recogniser) scan() (*Table, []*held) {
+	r.mu.Lock()
+	identities := r.identities
+	r.mu.Unlock()
+	s := scan{r: r, cgroups: map[string]*scanned{}, named: map[string]bool{}}
+	r.watch.begin()
+	for i := range identities {
+		s.identity(&identities[i])
+	}
+	r.watch.end()
+	s.namespaces(identities)
+	return s.table()
+}
+
+type scan struct {
+	r        *Recogniser
+	cgroups  map[string]*scanned // by path beneath Root
+	named    map[string]bool     // the identities that are looked for
+	problems []string
+}
+
+func (s *scan) problem(format string, args ...any) {
+	s.problems = append(s.problems, fmt.Sprintf(format, args...))
+}
+
+// identity finds the cgroups of one identity.
+func (s *scan) identity(i *Identity) {
+	s.named[i.Name] = true
+	if err := i.valid(); err != nil {
+		s.problem("%v", err)
+		return
+	}
+	for _, root := range i.roots() {
+		top := path.Join(s.r.opt.Scope, root)
+		s.r.watch.ancestors(s.r.opt.Root, top)
+		err := s.walk(top, func(c *scanned) {
+			if i.narrowed() && !matchesAll(i, c.procs) {
+				return
+			}
+			c.names = append(c.names, i.Name)
+			c.bys = append(c.bys, i.by())
+			c.Top = c.Top || c.Path == top
+		})
+		if err != nil {
+			s.problem("%s: look at cgroup %s: %v", i.Name, top, err)
+		}
+	}
+}
+
+func matchesAll(i *Identity, procs []int) bool {
+	return len(procs) > 0 && !slices.ContainsFunc(procs, func(pid int) bool { return i.mismatch(pid) != "" })
+}
+
+// walk calls f with the cgroup at p and each one beneath it. One that ends
+// meanwhile is no error.
+func (s *scan) walk(p string, f func(*scanned)) error {
+	c, err := s.cgroup(p)
+	if err != nil {
+		if gone(err) {
+			return nil
+		}
+		return err
+	}
+	f(c)
+	entries, err := os.ReadDir(filepath.Join(s.r.opt.Root, p))
+	if err != nil && !gone(err) {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := s.walk(path.Join(p, e.Name()), f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// cgroup reads one cgroup, once in a scan.
+func (s *scan) cgroup(p string) (*scanned, error) {
+	if c := s.cgroups[p]; c != nil {
+		return c, nil
+	}
+	if len(s.cgroups) >= s.r.opt.MaxCgroups {
+		return nil, errTooMany
+	}
+	full := filepath.Join(s.r.opt.Root, p)
+	// Watched before it is read: what changes in between is told.
+	s.r.watch.add(full, unix.IN_CREATE|unix.IN_DELETE|unix.IN_DELETE_SELF)
+	s.r.watch.add(filepath.Join(full, "cgroup.events"), unix.IN_MODIFY)
+	id, err := cgroupID(full)
+	if err != nil {
+		return nil, err
+	}
+	procs, err := processes(full)
+	if err != nil {
+		return nil, err
+	}
+	c := &scanned{Cgroup: Cgroup{ID: id, Path: p, Processes: len(procs)}, procs: procs, netns: map[uint64]bool{}}
+	s.cgroups[p] = c
+	return c, nil
+}
+
+// table makes the table of what was found.
+func (s *scan) table() (*Table, []*held) {
+	t := &Table{}
+	for _, p := range slices.Sorted(maps.Keys(s.cgroups)) {
+		c := s.cgroups[p]
+		if len(c.names) == 0 {
+			continue
+		}
+		if len(c.names) == 1 {
+			c.Identity, c.By = c.names[0], c.bys[0]
+		} else {
+			slices.Sort(c.names)
+			c.Ambiguous = slices.Compact(c.names)
+			if len(c.Ambiguous) == 1 { // by two ways of its own
+				c.Identity, c.By, c.Ambiguous = c.Ambiguous[0], c.bys[0], nil
+			}
+		}
+		c.Cgroup.Netns = slices.Sorted(maps.Keys(c.netns))
+		t.Cgroups = append(t.Cgroups, c.Cgroup)
+	}
+	release := s.collect(t)
+	slices.Sort(s.problems)
+	t.Problems = slices.Compact(s.problems)
+	return t, release
+}
+
+// Unrecognised is a cgroup with processes that no identity claims, and why
+// not.
+type Unrecognised struct {
+	ID        uint64
+	Path      string
+	Processes int
+	Nearest   string // the MachineIdentity that comes nearest, "" where none does
+	Mismatch  string // the line of its selector that does not match
+}
+
+// maxUnrecognised bounds what Unrecognised returns.
+const maxUnrecognised = 1000
+
+// Unrecognised looks for workloads without identity in the scope, and for the
+// identity that each is nearest to. truncated says that there are more.
+func (r *Recogniser) Unrecognised() (all []Unrecognised, truncated bool, err error) {
+	r.mu.Lock()
+	identities, table := r.identities, r.table
+	r.mu.Unlock()
+	known := map[string]bool{}
+	for _, c := range table.Cgroups {
+		known[c.Path] = true
+	}
+	seen := 0
+	err = filepath.WalkDir(filepath.Join(r.opt.Root, r.opt.Scope), func(full string, d fs.DirEntry, err error) error {
+		if err != nil {
+			if gone(err) {
+				return nil
+			}
+			return err
+		}
+		if !d.IsDir() {
+			return nil
+		}
+		if seen++; seen > r.opt.MaxCgroups || len(all) >= maxUnrecognised {
+			truncated = true
+			return fs.SkipAll
+		}
+		p := path.Join("/", strings.TrimPrefix(full, r.opt.Root))
+		if known[p] {
+			return nil
+		}
+		procs, err := processes(full)
+		if err != nil || len(procs) == 0 {
+			return nil //nolint:nilerr // it ended, or it has none
+		}
+		id, err := cgroupID(full)
+		if err != nil {
+			return nil //nolint:nilerr // it ended
+		}
+		u := Unrecognised{ID: id, Path: p, Processes: len(procs)}
+		u.Nearest, u.Mismatch = nearest(identities, r.opt.Scope, p, procs)
+		all = append(all, u)
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("look for workloads: %w", err)
+	}
+	return all, truncated, nil
+}
+
+// nearest returns the identity whose selector comes nearest to the cgroup at
+// p, and what does not match.
+func nearest(identities []Identity, scope, p string, procs []int) (name, mismatch string) {
+	relative := path.Join("/", strings.TrimPrefix(p, scope))
+	best := 0.5 // less alike than that is no explanation
+	for i := range identities {
+		id := &identities[i]
+		for _, root := range id.roots() {
+			if within(relative, root) {
+				for _, pid := range procs {
+					if m := id.mismatch(pid); m != "" {
+						return id.Name, m
+					}
+				}
+			}
+			score, text := likeness(relative, root), fmt.Sprintf("cgroup.path: is %q, want %q or beneath it", relative, root)
+			if id.Unit != "" {
+				text = fmt.Sprintf("systemd.unit: is %q, want %q", path.Base(relative), id.Unit)
+				if path.Base(relative) == id.Unit {
+					score = 1
+					text = fmt.Sprintf("systemd.unit: %s runs at %q and not at %q; select it by cgroup.path", id.Unit, relative, root)
+				}
+			}
+			if score > best {
+				best, name, mismatch = score, id.Name, text
+			}
+		}
+	}
+	return name, mismatch
+}
+
+// likeness is 1 for equal paths and 0 for those with nothing in common: the
+// share of what is the same at both ends.
+func likeness(a, b string) float64 {
+	n, short := 0, min(len(a), len(b))
+	for n < short && a[n] == b[n] {
+		n++
+	}
+	same := n
+	for m := 1; m <= short-n && a[len(a)-m] == b[len(b)-m]; m++ {
+		same++
+	}
+	return float64(same) / float64(max(len(a), len(b)))
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package workload
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// watcher tells that something beneath the watched paths has changed; not
+// what. Only as many are watched as allowed: the rescan finds the rest.
+type watcher struct {
+	file    *os.File
+	max     int
+	changed chan struct{}
+	failed  chan error
+
+	watches map[string]int32 // path -> watch descriptor
+	used    map[string]bool  // in the scan under way
+}
+
+func newWatcher(most int) (*watcher, error) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("watch cgroups: %w; raise fs.inotify.max_user_instances", err)
+	}
+	w := &watcher{
+		file: os.NewFile(uintptr(fd), "inotify"), max: most,
+		changed: make(chan struct{}, 1), failed: make(chan error, 1),
+		watches: map[string]int32{},
+	}
+	go w.read()
+	return w, nil
+}
+
+// read turns any number of events into one wake-up.
+func (w *watcher) read() {
+	buf := make([]byte, 64<<10)
+	for {
+		if _, err := w.file.Read(buf); err != nil {
+			if !errors.Is(err, os.ErrClosed) {
+				w.failed <- fmt.Errorf("watch cgroups: %w", err)
+			}
+			return
+		}
+		select {
+		case w.changed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (w *watcher) close() { w.file.Close() }
+
+// begin starts a scan: what is not added again until end is watched no more.
+func (w *watcher) begin() { w.used = map[string]bool{} }
+
+// add watches a path, if it is there and the bound allows.
+func (w *watcher) add(p string, events uint32) {
+	if w.used[p] || len(w.used) >= w.max {
+		return
+	}
+	raw, err := w.file.SyscallConn()
+	if err != nil {
+		return
+	}
+	wd := -1
+	ctl := raw.Control(func(fd uintptr) { wd, err = unix.InotifyAddWatch(int(fd), p, events|unix.IN_DONT_FOLLOW) })
+	if ctl == nil && err == nil {
+		// The same inode keeps its descriptor; a path that was made again
+		// gets another.
+		w.watches[p], w.used[p] = int32(wd), true
+	}
+}
+
+// ancestors watches the directories from the root down to the parent of p
+// for their children.
+func (w *watcher) ancestors(root, p string) {
+	for d := path.Dir(p); ; d = path.Dir(d) {
+		w.add(filepath.Join(root, d), unix.IN_CREATE|unix.IN_DELETE|unix.IN_DELETE_SELF)
+		if d == "/" {
+			return
+		}
+	}
+}
+
+func (w *watcher) end() {
+	for p, wd := range w.watches {
+		if w.used[p] {
+			continue
+		}
+		delete(w.watches, p)
+		raw, err := w.file.SyscallConn()
+		if err == nil {
+			// A path that is gone has taken its watch along: EINVAL.
+			_ = raw.Control(func(fd uintptr) { _, _ = unix.InotifyRmWatch(int(fd), uint32(wd)) })
+		}
+	}
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package workload recognises workloads: which cgroups belong to which
+// MachineIdentity, and in which network namespaces their processes live. The
+// kernel half enforces by cgroup; so what is not recognised here has no
+// identity, and what two identities claim has none either.
+package workload
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/agent/sockets"
+)
+
+// Options configure a Recogniser.
+type Options struct {
+	Root  string // where cgroup2 is mounted; found if empty
+	Scope string // the subtree to look after, absolute beneath Root; "" or "/" is all of it
+	// Rescan is how often everything is looked at without a cause: what no
+	// notification tells (a process that joins, or that changes its
+	// namespace) is noticed that late. 1 s if 0.
+	Rescan     time.Duration
+	MaxCgroups int // cgroups in the table; 16384 if 0
+	MaxWatches int // inotify watches; 8192 if 0. Beyond, changes are noticed at the next rescan
+	Logger     *slog.Logger
+}
+
+// Cgroup is a recognised cgroup.
+type Cgroup struct {
+	ID   uint64
+	Path string // beneath Root
+	// Identity is whose it is, "" where several claim it: Ambiguous then
+	// names them all.
+	Identity  string
+	Ambiguous []string
+	By        string // the lines of the selector that matched
+	Top       bool   // the selected cgroup itself, not one beneath it
+	Processes int
+	Netns     []uint64 // cookies of its processes' namespaces
+}
+
+// Netns is a namespace in which identities live, or serve, or have served
+// and may do so again.
+type Netns struct {
+	*sockets.Netns
+	Identities []string // sorted
+}
+
+// Table is what is recognised at one moment. It is never changed; the
+// namespaces in it stay open until the callback that is given the next table
+// without them has returned.
+type Table struct {
+	Cgroups  []Cgroup // sorted by path
+	Netns    []Netns  // sorted by cookie
+	Problems []string // what could not be looked at, sorted
+}
+
+// Recogniser keeps the table.
+type Recogniser struct {
+	opt  Options
+	own  *sockets.Netns
+	wake chan struct{}
+
+	mu         sync.Mutex
+	identities []Identity
+	table      *Table
+
+	// Of the one goroutine in Run.
+	held  map[uint64]*held // by inode
+	watch *watcher
+	swept time.Time
+}
+
+// New returns a Recogniser that knows no identity yet.
+func New(opt Options) (*Recogniser, error) {
+	if opt.Root == "" {
+		root, err := CgroupRoot()
+		if err != nil {
+			return nil, err
+		}
+		opt.Root = root
+	}
+	if opt.Scope == "" {
+		opt.Scope = "/"
+	}
+	if !filepath.IsAbs(opt.Scope) || filepath.Clean(opt.Scope) != opt.Scope {
+		return nil, fmt.Errorf("look after cgroups beneath %q: not a clean absolute path", opt.Scope)
+	}
+	if opt.Rescan == 0 {
+		opt.Rescan = time.Second
+	}
+	if opt.MaxCgroups == 0 {
+		opt.MaxCgroups = 16384
+	}
+	if opt.MaxWatches == 0 {
+		opt.MaxWatches = 8192
+	}
+	if opt.Logger == nil {
+		opt.Logger = slog.New(slog.DiscardHandler)
+	}
+	own, err := sockets.Own()
+	if err != nil {
+		return nil, err
+	}
+	return &Recogniser{opt: opt, own: own, wake: make(chan struct{}, 1), table: &Table{}, held: map[uint64]*held{}}, nil
+}
+
+// SetIdentities replaces the identities that are looked for.
+func (r *Recogniser) SetIdentities(all []Identity) {
+	r.mu.Lock()
+	r.identities = slices.Clone(all)
+	r.mu.Unlock()
+	r.Wake()
+}
+
+// Wake has everything looked at now.
+func (r *Recogniser) Wake() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Table returns what was recognised last.
+func (r *Recogniser) Table() *Table {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.table
+}
+
+// settle is how long changes are gathered before they are looked at.
+const settle = 5 * time.Millisecond
+
+// Run looks at the cgroups, calls f with each table that differs from the one
+// before, and with the first, until ctx ends. The namespaces of the last table
+// are closed when it returns.
+func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
+	w, err := newWatcher(r.opt.MaxWatches)
+	if err != nil {
+		return err
+	}
+	r.watch = w
+	defer func() {
+		w.close()
+		for _, h := range r.held {
+			h.ns.Close()
+		}
+		r.own.Close()
+	}()
+	tick := time.NewTicker(r.opt.Rescan)
+	defer tick.Stop()
+	for first := true; ; first = false {
+		next, release := r.scan()
+		r.mu.Lock()
+		changed := first || !next.equal(r.table)
+		if changed {
+			r.table = next
+		}
+		r.mu.Unlock()
+		if changed {
+			f(next)
+		}
+		for _, h := range release {
+			h.ns.Close()
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		case <-r.wake:
+		case <-w.changed:
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(settle):
+			}
+		case err := <-w.failed:
+			return err
+		}
+	}
+}
+
+// equal says whether two tables tell the same.
+func (t *Table) equal(o *Table) bool {
+	return slices.EqualFunc(t.Cgroups, o.Cgroups, func(a, b Cgroup) bool {
+		return a.ID == b.ID && a.Path == b.Path && a.Identity == b.Identity && a.By == b.By && a.Top == b.Top &&
+			a.Processes == b.Processes && slices.Equal(a.Ambiguous, b.Ambiguous) && slices.Equal(a.Netns, b.Netns)
+	}) && slices.EqualFunc(t.Netns, o.Netns, func(a, b Netns) bool {
+		return a.Netns == b.Netns && slices.Equal(a.Identities, b.Identities)
+	}) && slices.Equal(t.Problems, o.Problems)
+}
+
+// errTooMany stops a walk at its bound.
+var errTooMany = errors.New("too many cgroups")
