@@ -183,7 +183,6 @@ func connectedPlain(f *os.File) (net.Conn, error) {
 		return nil, err
 	}
 	var failed error
-	waited := false
 	err = raw.Write(func(fd uintptr) bool {
 		if _, e := sysName(unix.SYS_GETPEERNAME, int(fd)); e != syscall.ENOTCONN {
 			failed = errnoOrNil(e)
@@ -193,15 +192,23 @@ func connectedPlain(f *os.File) (net.Conn, error) {
 			failed = errors.Join(err, errnoOrNil(syscall.Errno(n)))
 			return true
 		}
+		if pending(int(fd)) {
+			return false
+		}
 		failed = syscall.ENOTCONN
-		done := waited
-		waited = true
-		return done
+		return true
 	})
 	if err = errors.Join(err, failed); err != nil {
 		return nil, err
 	}
 	return net.FileConn(f)
+}
+
+// pending tells a socket that is connecting from one that is not, which poll(2) reports as hung up.
+func pending(fd int) bool {
+	fds := []unix.PollFd{{Fd: int32(fd)}}
+	n, err := unix.Poll(fds, 0)
+	return err != nil || n == 0 || fds[0].Revents&unix.POLLHUP == 0
 }
 
 func errnoOrNil(e syscall.Errno) error {
