@@ -195,4 +195,3 @@ func nothingAccepted(t testing.TB, s *testenv.Sock, who string) {
 		t.Errorf("%s received a connection from %s (%v)", who, peer, err)
 	}
 }
-
