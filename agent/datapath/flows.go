@@ -123,7 +123,8 @@ func (d *Datapath) ReconcileFlows(age time.Duration, live func(netns, cookie uin
 	if err != nil {
 		return 0, err
 	}
-	before := now() - min(uint64(age), now())
+	before := now()
+	before -= min(uint64(age), before)
 	for i := range flows {
 		f := &flows[i]
 		if f.Value.Created > before || live(f.Value.Netns, f.Value.Cookie) {

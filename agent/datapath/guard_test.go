@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/agent/loader"
+	"github.com/sallyport-dev/sallyport/agent/testenv"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+func TestForeignSocketIsRefused(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	outbound, _ := n.listenAll(t)
+	nobody := testenv.NewActor(t, testenv.NewCgroup(t, n.root), n.netns)
+	for _, c := range []struct {
+		name         string
+		maker, user  *testenv.Actor
+		dst          netip.AddrPort
+		wantIdentity flow.IdentityNumber
+	}{
+		{"made by nobody, used by a workload", nobody, n.client, address4, clientNumber},
+		{"made by a workload, used by nobody", n.client, nobody, address4, clientNumber},
+		{"made by another workload", n.server, n.client, address4, clientNumber},
+		{"made by the agent", n.agent, n.client, address4, clientNumber},
+		{"made by the agent, used by nobody", n.agent, nobody, address4, 0},
+		{"to an address that nobody claims", nobody, n.client, netip.MustParseAddrPort("192.0.2.20:9"), clientNumber},
+		{"IPv6", nobody, n.client, address6, clientNumber},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s, err := c.maker.TCP(c.dst)
+			must(t, err)
+			f, err := s.File()
+			must(t, err)
+			defer f.Close()
+			handed, err := c.user.Adopt(f)
+			must(t, err)
+			if err := handed.Connect(c.dst); err != unix.EPERM {
+				t.Errorf("connect: %v", err)
+			}
+			if e := n.event(t, flow.ReasonForeignSocket); e.Identity != c.wantIdentity || !e.Enforced {
+				t.Errorf("event %+v", e)
+			}
+		})
+	}
+	nothingAccepted(t, outbound[4], "our outbound listener")
+}
+
+func TestSocketKinds(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	nobody := testenv.NewActor(t, testenv.NewCgroup(t, n.root), n.netns)
+	must(t, n.netns.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte("0 2147483647"), 0)
+	}))
+	const sctp, udplite = 132, 136
+	for _, c := range []struct {
+		name               string
+		domain, typ, proto int
+		refused            bool
+	}{
+		{"TCP", unix.AF_INET, unix.SOCK_STREAM, 0, false},
+		{"UDP over IPv6", unix.AF_INET6, unix.SOCK_DGRAM, 0, false},
+		{"unix", unix.AF_UNIX, unix.SOCK_STREAM, 0, false},
+		{"netlink", unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE, false},
+		{"MPTCP", unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_MPTCP, true},
+		{"MPTCP over IPv6", unix.AF_INET6, unix.SOCK_STREAM, unix.IPPROTO_MPTCP, true},
+		{"raw", unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP, true},
+		{"raw over IPv6", unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_ICMPV6, true},
+		{"ping", unix.AF_INET, unix.SOCK_DGRAM, unix.IPPROTO_ICMP, true},
+		{"ping over IPv6", unix.AF_INET6, unix.SOCK_DGRAM, unix.IPPROTO_ICMPV6, true},
+		{"UDP-Lite", unix.AF_INET, unix.SOCK_DGRAM, udplite, true},
+		{"SCTP", unix.AF_INET, unix.SOCK_STREAM, sctp, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, without := nobody.Socket(c.domain, c.typ, c.proto)
+			_, err := n.client.Socket(c.domain, c.typ, c.proto)
+			switch {
+			case !c.refused && err != nil:
+				t.Errorf("socket: %v", err)
+			case c.refused && err != unix.EPROTONOSUPPORT:
+				t.Errorf("socket: %v", err)
+			case c.refused && without == unix.EPROTONOSUPPORT:
+				t.Logf("this kernel has none of that kind anyway")
+			case c.refused && without != nil:
+				t.Errorf("without identity: %v", without)
+			case c.refused:
+				if e := n.event(t, flow.ReasonSocketKind); e.Identity != clientNumber {
+					t.Errorf("event %+v", e)
+				}
+			}
+		})
+	}
+}
+
+func TestDatagramsToClaimedAddressesAreRefused(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	for _, dst := range []netip.AddrPort{address4, address6, mapped4} {
+		domain := unix.AF_INET
+		if dst.Addr().Is6() {
+			domain = unix.AF_INET6
+		}
+		s, err := n.client.Socket(domain, unix.SOCK_DGRAM, 0)
+		must(t, err)
+		if err := s.SendTo([]byte("x"), dst); err != unix.EPERM {
+			t.Errorf("sendto %s: %v", dst, err)
+		}
+		if err := s.Connect(dst); err != unix.EPERM {
+			t.Errorf("connect %s: %v", dst, err)
+		}
+		other := netip.AddrPortFrom(dst.Addr(), 53)
+		if err := s.SendTo([]byte("x"), other); err != nil {
+			t.Errorf("sendto %s: %v", other, err)
+		}
+	}
+}
+
+func TestDeviceBoundSocket(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	n.listenAll(t)
+	s, err := n.client.TCP(address4)
+	must(t, err)
+	must(t, s.SetString(unix.SOL_SOCKET, unix.SO_BINDTODEVICE, "eth0"))
+	if err := s.Connect(address4); err != unix.EPERM {
+		t.Errorf("connect: %v", err)
+	}
+	n.event(t, flow.ReasonDevice)
+}
+
+// To the kernel the unspecified address is loopback, and loopback names the
+// netns's own protected ports, which no claim can name for a node.
+func TestLoopbackDestinations(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	outbound, _ := n.listenAll(t)
+	for dst, original := range map[string]string{
+		"127.0.0.1:8080": "127.0.0.1:8080", "127.9.9.9:8080": "127.9.9.9:8080", "0.0.0.0:8080": "127.0.0.1:8080",
+		"[::1]:8080": "[::1]:8080", "[::]:8080": "[::1]:8080", "[::ffff:127.0.0.1]:8080": "127.0.0.1:8080",
+	} {
+		t.Run(dst, func(t *testing.T) {
+			want := netip.MustParseAddrPort(original)
+			c, err := n.client.Dial(netip.MustParseAddrPort(dst))
+			must(t, err)
+			s, peer, err := outbound[family(want)].Accept()
+			if err != nil {
+				t.Fatalf("not proxied: %v", err)
+			}
+			local, err := s.Local()
+			must(t, err)
+			f, err := n.LookupFlow(n.netns.Cookie, peer, local)
+			if err != nil || f.Value.Original() != want {
+				t.Errorf("original destination %s (%v)", f.Value.Original(), err)
+			}
+			must(t, c.Close())
+			must(t, s.Close())
+		})
+	}
+}
+
+func TestFlags(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	n.listenAll(t)
+	open := netip.MustParseAddrPort("192.0.2.10:9999")
+	_, err := n.server.Listen(open)
+	must(t, err)
+	set := func(f Flags) {
+		t.Helper()
+		must(t, n.SetIdentity(n.clientCgroup.ID, Identity{clientNumber, flow.ModeEnforce, f}))
+	}
+	check := func(dst netip.AddrPort, want error) {
+		t.Helper()
+		s, err := n.client.Dial(dst)
+		if err != want {
+			t.Errorf("connect to %s: %v, want %v", dst, err, want)
+		}
+		if err == nil {
+			must(t, s.Close())
+		}
+	}
+	t.Run("revoked", func(t *testing.T) {
+		set(FlagRevoked)
+		check(address4, unix.EPERM)
+		check(open, unix.EPERM)
+		n.event(t, flow.ReasonIdentityRevoked)
+	})
+	t.Run("pending", func(t *testing.T) {
+		set(FlagPending)
+		check(address4, unix.ECONNREFUSED)
+		check(open, unix.ECONNREFUSED)
+		n.event(t, flow.ReasonNotReady)
+	})
+	t.Run("egress", func(t *testing.T) {
+		set(FlagEgressDeny)
+		check(address4, nil)
+		check(open, unix.EPERM)
+		n.event(t, flow.ReasonEgress)
+		for _, r := range []EgressRule{
+			{clientNumber, netip.MustParsePrefix("192.0.2.0/28"), 9999, unix.IPPROTO_TCP},
+			{clientNumber, netip.MustParsePrefix("192.0.2.10/32"), 0, unix.IPPROTO_TCP},
+			{clientNumber, netip.MustParsePrefix("0.0.0.0/0"), 9999, unix.IPPROTO_TCP},
+		} {
+			must(t, n.AllowEgress(r))
+			check(open, nil)
+			must(t, n.DenyEgress(r))
+			check(open, unix.EPERM)
+		}
+		for _, r := range []EgressRule{
+			{serverNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_TCP},
+			{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9998, unix.IPPROTO_TCP},
+			{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_UDP},
+			{clientNumber, netip.MustParsePrefix("::/0"), 9998, unix.IPPROTO_TCP},
+		} {
+			must(t, n.AllowEgress(r))
+			check(open, unix.EPERM)
+		}
+	})
+	t.Run("the ceiling softens", func(t *testing.T) {
+		set(FlagRevoked)
+		must(t, n.SetCeiling(flow.ModeAudit))
+		check(open, nil)
+		must(t, n.SetCeiling(flow.ModeEnforce))
+		check(open, unix.EPERM)
+	})
+}
+
+// A cgroup inherits from its nearest ancestor before anybody scans; the
+// agent's exemption is not inherited.
+func TestCgroupsInherit(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	outbound, _ := n.listenAll(t)
+	deep := testenv.NewCgroup(t, testenv.NewCgroup(t, testenv.NewCgroup(t, n.clientCgroup)))
+	a := testenv.NewActor(t, deep, n.netns)
+	c, err := a.Dial(address4)
+	must(t, err)
+	s, peer, err := outbound[4].Accept()
+	must(t, err)
+	local, err := s.Local()
+	must(t, err)
+	f, err := n.LookupFlow(n.netns.Cookie, peer, local)
+	if err != nil || f.Value.Identity != uint32(clientNumber) {
+		t.Errorf("flow of a grandchild: %+v, %v", f.Value, err)
+	}
+	must(t, c.Close())
+	child := testenv.NewActor(t, testenv.NewCgroup(t, n.serverCgroup), n.netns)
+	l, err := child.Listen(address4)
+	if err != nil {
+		t.Fatalf("a child of the server could not bind its port: %v", err)
+	}
+	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); err != nil {
+		t.Errorf("dial of a child of the server: %v", err)
+	}
+	if _, _, err := l.Accept(); err != nil {
+		t.Error(err)
+	}
+	pretender := testenv.NewActor(t, testenv.NewCgroup(t, n.agentCgroup), n.netns)
+	if _, err := pretender.Listen(netip.MustParseAddrPort("127.0.0.2:15001")); err != unix.EPERM {
+		t.Errorf("a child of the agent's leaf could bind our port: %v", err)
+	}
+}
+
+// A unit that is started again is known before its first process runs.
+func TestCgroupMadeAgainIsKnown(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	if lost := n.kernel.Lost(); len(lost) != 0 {
+		t.Skipf("this kernel: %v", lost)
+	}
+	mount := testenv.CgroupMount(t)
+	path := filepath.Join(n.root.Path, "unit.service")
+	rel, err := filepath.Rel(mount, path)
+	must(t, err)
+	must(t, n.SetPath("/"+rel, Identity{Number: serverNumber, Mode: flow.ModeEnforce}))
+	var last uint64
+	for range 2 {
+		cg := testenv.MakeCgroup(t, path)
+		if cg.ID == last {
+			t.Fatal("the cgroup has its old id: the test proves nothing")
+		}
+		last = cg.ID
+		a := testenv.NewActor(t, cg, n.netns)
+		l, err := a.Listen(address4)
+		if err != nil {
+			t.Fatalf("it could not bind its port: %v", err)
+		}
+		must(t, l.Close())
+		must(t, testenv.RemoveCgroup(path))
+	}
+	must(t, n.DeletePath("/"+rel))
+	cg := testenv.MakeCgroup(t, path)
+	if _, err := testenv.NewActor(t, cg, n.netns).Listen(address4); err != unix.EPERM {
+		t.Errorf("after the path was deleted: %v", err)
+	}
+}
+
+func TestFullFlowMapRefuses(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce, func(l *loader.Options, o *Options) { l.FlowEntries, o.FlowQuota = 64, 20 })
+	n.listenAll(t)
+	if _, err := n.server.Listen(address4); err != nil {
+		t.Fatal(err)
+	}
+	fill := func(dial func() (*testenv.Sock, error)) (open []*testenv.Sock, err error) {
+		for range 100 {
+			s, err := dial()
+			if err != nil {
+				return open, err
+			}
+			open = append(open, s)
+		}
+		return open, nil
+	}
+	drop := func(socks []*testenv.Sock) {
+		for _, s := range socks {
+			must(t, s.Close())
+		}
+	}
+	socks, err := fill(func() (*testenv.Sock, error) {
+		s, err := n.client.TCP(address4)
+		if err == nil {
+			must(t, s.SetTimeout(20*time.Millisecond)) // the backlog is small, the entry is there all the same
+			if err = s.Connect(address4); err == unix.EINPROGRESS {
+				err = nil
+			}
+		}
+		return s, err
+	})
+	if err != unix.EPERM || len(socks) != 20 {
+		t.Errorf("quota: %d connections, then %v", len(socks), err)
+	}
+	if e := n.event(t, flow.ReasonMapFull); e.Identity != clientNumber {
+		t.Errorf("event %+v", e)
+	}
+	// Only the one that used its quota up is refused.
+	d, err := n.dial(t, address4, DialTag{Target: serverNumber})
+	if err != nil {
+		t.Errorf("dial for another identity: %v", err)
+	}
+	must(t, d.Close())
+	drop(socks)
+	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
+		t.Errorf("after close %d and %d flows are counted (%v)", own, total, err)
+	}
+	n.mu.Lock()
+	n.control.FlowLimit = 5
+	err = n.writeControl()
+	n.mu.Unlock()
+	must(t, err)
+	var dials []*testenv.Sock
+	for range 10 {
+		var s *testenv.Sock
+		if s, err = n.dial(t, address4, DialTag{Target: serverNumber}); err != nil {
+			break
+		}
+		dials = append(dials, s)
+	}
+	if err != unix.EPERM || len(dials) != 5 {
+		t.Errorf("limit: %d dials, then %v", len(dials), err)
+	}
+	drop(dials)
+}
+
+// Entries whose socket is gone are found and given back.
+func TestReconcile(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	n.listenAll(t)
+	c, err := n.client.Dial(address4)
+	must(t, err)
+	if removed, err := n.ReconcileFlows(time.Hour, func(_, _ uint64) bool { return false }); err != nil || removed != 0 {
+		t.Errorf("removed %d young entries, %v", removed, err)
+	}
+	if removed, err := n.ReconcileFlows(0, func(_, _ uint64) bool { return true }); err != nil || removed != 0 {
+		t.Errorf("removed %d live entries, %v", removed, err)
+	}
+	if removed, err := n.ReconcileFlows(0, func(_, _ uint64) bool { return false }); err != nil || removed != 1 {
+		t.Errorf("removed %d entries, %v", removed, err)
+	}
+	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
+		t.Errorf("%d and %d flows are counted (%v)", own, total, err)
+	}
+	must(t, c.Close())
+	if own, _, err := n.FlowsOf(clientNumber); err != nil || own != 0 {
+		t.Errorf("after close %d flows are counted (%v)", own, err)
+	}
+}
