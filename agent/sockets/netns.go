@@ -45,6 +45,10 @@ func Open(path string) (*Netns, error) {
 	return n, nil
 }
 
+// init keeps every other goroutine off the process's first thread: that one
+// cannot be discarded, and its namespace is what /proc/self shows to all.
+func init() { runtime.LockOSThread() }
+
 // Own opens the namespace of the calling process.
 func Own() (*Netns, error) { return Open("/proc/self/ns/net") }
 

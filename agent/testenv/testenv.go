@@ -29,6 +29,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// init keeps goroutines that change their thread's namespace off the first
+// thread, which cannot end with them and is what /proc/self shows.
+func init() { runtime.LockOSThread() }
+
 // RequireRoot skips the test where it does not run as root, which is the
 // only prerequisite that a machine may lack.
 func RequireRoot(t testing.TB) {
