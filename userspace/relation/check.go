@@ -30,7 +30,7 @@ func (e *Engine) Cached(model, subject, relation, object string) (Answer, bool) 
 	if m == nil {
 		return Answer{}, false
 	}
-	return e.cache.get(m, e.cache.hash(subject, relation, object), subject, relation, object, time.Now().UnixNano())
+	return e.cache.get(m, e.cache.hash(subject, relation, object), subject, relation, object, e.now().UnixNano())
 }
 
 // Check answers from memory or asks the engine, so it may block for
@@ -66,7 +66,7 @@ func (e *Engine) ask(ctx context.Context, name, subject, relation, object string
 	}
 	hash := e.cache.hash(subject, relation, object)
 	if len(contextual) == 0 {
-		if a, ok := e.cache.get(m, hash, subject, relation, object, time.Now().UnixNano()); ok {
+		if a, ok := e.cache.get(m, hash, subject, relation, object, e.now().UnixNano()); ok {
 			return a, nil
 		}
 	} else if len(contextual) > MaxTuples {
@@ -113,7 +113,7 @@ func (e *Engine) begin() bool {
 func (e *Engine) fly(f *flight, hash uint64, contextual []Tuple) {
 	ctx, cancel := context.WithTimeout(context.Background(), e.opt.Timeout)
 	answer, err := Answer{}, errUnavailable
-	now := time.Now()
+	now := e.now()
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("check relation: the engine broke off: %v", r)

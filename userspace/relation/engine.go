@@ -10,12 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/openfga/openfga/pkg/logger"
@@ -31,6 +31,7 @@ const Built = true
 
 const (
 	storeFile = "relation.db"
+	lockWait  = 2 * time.Second
 	// engineTTL is how long OpenFGA's own caches hold what they read.
 	engineTTL = 10 * time.Second
 	// settle is how long after a write the engine is asked past its caches:
@@ -43,10 +44,11 @@ const (
 // concurrent use. The zero Engine is not usable; see Open and Unavailable.
 type Engine struct {
 	opt    Options
-	log    *slog.Logger
 	db     *sql.DB
+	lock   *os.File // held as long as the store is ours
 	fga    *server.Server
 	broken error // why nothing can be answered, nil for an open engine
+	now    func() time.Time
 
 	models   atomic.Pointer[modelSet]
 	cache    cache
@@ -85,18 +87,24 @@ var migrations sync.Mutex
 func Open(ctx context.Context, opt Options) (*Engine, error) {
 	opt.defaults()
 	path := filepath.Join(opt.StateDir, storeFile)
+	lock, err := lockStore(ctx, path+".lock")
+	if err != nil {
+		return nil, fmt.Errorf("lock relation store %s: %w", path, err)
+	}
 	db, err := openStore(ctx, path)
 	if err != nil {
+		lock.Close()
 		return nil, fmt.Errorf("open relation store %s: %w; put a backup in its place, or move it away to begin with no relations", path, err)
 	}
 	e := newEngine(opt)
-	e.db = db
+	e.db, e.lock = db, lock
 	store, err := sqlite.NewWithDB(db, sqlcommon.NewConfig())
 	if err == nil {
 		e.fga, err = newServer(store, opt)
 	}
 	if err != nil {
 		db.Close()
+		lock.Close()
 		return nil, fmt.Errorf("start relation engine: %w", err)
 	}
 	e.open.Store(true)
@@ -112,7 +120,7 @@ func Unavailable(err error) *Engine {
 
 func newEngine(opt Options) *Engine {
 	opt.defaults()
-	e := &Engine{opt: opt, log: opt.Log, slots: make(chan struct{}, opt.Parallel)}
+	e := &Engine{opt: opt, now: time.Now, slots: make(chan struct{}, opt.Parallel)}
 	e.cache.init(opt.CacheEntries)
 	e.flights.init()
 	e.models.Store(&modelSet{})
@@ -136,6 +144,28 @@ func newServer(store storage.OpenFGADatastore, opt Options) (*server.Server, err
 		server.WithCheckQueryCacheEnabled(true),
 		server.WithCheckQueryCacheTTL(engineTTL),
 	)
+}
+
+// lockStore makes the store this process's own: what another one wrote would
+// not void our answers. One that is just ending is waited for.
+func lockStore(ctx context.Context, path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockWait)
+	defer cancel()
+	for {
+		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			return f, nil
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("another process has it open: %w", err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // openStore opens the sqlite file, readable by us alone, checks it and brings
@@ -221,7 +251,7 @@ func (e *Engine) Close() error {
 	e.models.Store(&modelSet{})
 	e.work.Wait()
 	e.fga.Close() // closes the store too
-	return nil
+	return e.lock.Close()
 }
 
 // ready returns why nothing can be done, nil if something can.

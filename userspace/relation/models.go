@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"time"
 
 	openfgav1 "github.com/openfga/api/proto/openfga/v1"
 	"github.com/openfga/language/pkg/go/transformer"
@@ -158,7 +157,8 @@ func (e *Engine) loadModel(ctx context.Context, one Model, old *model) (*model, 
 	}
 	m := describe(parsed)
 	m.name, m.store, m.version = one.Name, store, version
-	m.lastWrite.Store(time.Now().UnixNano())
+	e.opt.Log.Info("relation model in use", "model", one.Name, "version", version)
+	m.lastWrite.Store(e.now().UnixNano())
 	if m.leases {
 		err = e.loadLeases(ctx, m)
 	}

@@ -46,6 +46,10 @@ func (e *Engine) Reconcile(ctx context.Context, model string, wanted []Tuple) (R
 	if err := e.reconcile(ctx, m, want, &done); err != nil {
 		return done, fmt.Errorf("reconcile relations of model %q: %w", m.name, err)
 	}
+	if done.Written+done.Deleted+done.Withheld > 0 {
+		e.opt.Log.Info("relations of policy files reconciled", "model", m.name,
+			"written", done.Written, "deleted", done.Deleted, "withheld", done.Withheld)
+	}
 	return done, nil
 }
 

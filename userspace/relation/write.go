@@ -64,16 +64,16 @@ func (e *Engine) change(ctx context.Context, verb, name string, tuples []Tuple, 
 // stored runs one change of the store, then voids the answers it can change,
 // also where it failed: what a failed transaction left is not known.
 func (e *Engine) stored(m *model, tuples []Tuple, do func() error) error {
-	m.lastWrite.Store(time.Now().UnixNano())
+	m.lastWrite.Store(e.now().UnixNano())
 	err := do()
-	m.lastWrite.Store(time.Now().UnixNano())
+	m.lastWrite.Store(e.now().UnixNano())
 	m.touch(tuples)
 	e.opt.Changed(m.name)
 	return err
 }
 
 func (e *Engine) put(ctx context.Context, m *model, tuples []Tuple) error {
-	now := time.Now()
+	now := e.now()
 	for i := range tuples {
 		if tuples[i].leased() && !m.leases {
 			return errors.New("a tuple is a lease, and the model has no condition lease")
@@ -198,7 +198,7 @@ func (e *Engine) ListObjects(ctx context.Context, model, subject, relation, obje
 	}
 	if m.leases || m.foreign {
 		req.Context = &structpb.Struct{Fields: map[string]*structpb.Value{
-			"now": structpb.NewStringValue(time.Now().UTC().Format(time.RFC3339Nano)),
+			"now": structpb.NewStringValue(e.now().UTC().Format(time.RFC3339Nano)),
 		}}
 	}
 	res, err := e.fga.ListObjects(ctx, req)
@@ -210,7 +210,7 @@ func (e *Engine) ListObjects(ctx context.Context, model, subject, relation, obje
 
 // loadLeases finds when the stored leases of a model begin and end.
 func (e *Engine) loadLeases(ctx context.Context, m *model) error {
-	now := time.Now()
+	now := e.now()
 	err := e.scan(ctx, m, Tuple{}, func(t Tuple) bool {
 		m.ends.add(&t, now)
 		return true
