@@ -88,3 +88,49 @@ func (t *Task) connected(c *Conn, deadline int64) error {
 		}
 	}
 }
+
+// Own makes the task the owner of c: when it returns, c is closed. A task owns what it was started with and what it adopted.
+func (t *Task) Own(c *Conn) {
+	c.disown()
+	t.own(c)
+}
+
+func (t *Task) own(c *Conn) {
+	if c.closed {
+		return
+	}
+	c.owner = t
+	t.conns = append(t.conns, c)
+}
+
+// Disown leaves c without an owner, for a pool of the loop: it stays open when the task returns. If the peer ends it meanwhile the epoll
+// engine closes it; see Conn.Quiet for when it may be used again.
+func (t *Task) Disown(c *Conn) {
+	c.disown()
+	if c.hup && !c.closed {
+		_ = c.Close()
+	}
+}
+
+func (c *Conn) disown() {
+	t := c.owner
+	if t == nil {
+		return
+	}
+	c.owner = nil
+	for i, other := range t.conns {
+		if other == c {
+			last := len(t.conns) - 1
+			t.conns[i] = t.conns[last]
+			t.conns[last] = nil
+			t.conns = t.conns[:last]
+			return
+		}
+	}
+}
+
+// Adopt takes ownership of a socket that is connected or connecting, whatever happens, and parks until it is connected, for at most
+// Options.ConnectTimeout.
+func (t *Task) Adopt(fd int) (*Conn, error) {
+	return t.AdoptBy(fd, time.Now().Add(t.l.e.opt.ConnectTimeout))
+}

@@ -32,7 +32,11 @@
 // the past after its close_notify, which still has to be sent.
 //
 // tls.Server(conn, config) and tls.Client(conn, config) work as they are, with Handshake and not HandshakeContext, since
-// that one closes the connection from a goroutine of its own when its context can end; bound it by SetDeadline.
+// that one closes the connection from a goroutine of its own when its context can end; bound it by SetDeadline. Finish the
+// handshake before a second task uses the tls.Conn: until then every call on it wants the mutex that the handshake parks with.
+//
+// A task that an Event wakes runs after those already due in the turn. So one task that writes what the others have put together,
+// signalled by each, writes once for all of them.
 //
 // # The two engines
 //

@@ -254,7 +254,7 @@ func (c *Conn) writer() {
 	defer c.l.leave(nil)
 	for len(c.out) > 0 && !c.gone {
 		out := c.out
-		c.out, c.sending = nil, len(out)
+		c.out, c.spare, c.sending = c.spare[:0], out, len(out)
 		for len(out) > 0 && !c.gone {
 			c.l.leave(nil)
 			n, err := c.writePlain(out[:min(len(out), sendAt)])
@@ -262,7 +262,7 @@ func (c *Conn) writer() {
 			out = out[n:]
 			c.sending = len(out)
 			if err != nil && !c.gone {
-				c.out, c.sending = nil, 0
+				c.out, c.sending = c.out[:0], 0
 				if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
 					c.l.e.stalled.Add(1)
 					c.abort(ErrStalled)
@@ -275,6 +275,7 @@ func (c *Conn) writer() {
 		}
 	}
 	c.writing = false
+	c.out, c.spare = nil, nil
 	if c.closed {
 		c.destroyPlain()
 	} else if half, ok := c.nc.(interface{ CloseWrite() error }); ok && c.shut && !c.fin {

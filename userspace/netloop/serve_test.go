@@ -200,7 +200,7 @@ func unboundSocket(t *testing.T) int {
 	return fd
 }
 
-func addrOf(t *testing.T, addr string) unix.Sockaddr {
+func addrOf(t testing.TB, addr string) unix.Sockaddr {
 	t.Helper()
 	a, err := netip.ParseAddrPort(addr)
 	if err != nil {
