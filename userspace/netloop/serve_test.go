@@ -240,3 +240,21 @@ func processorTime(t *testing.T) time.Duration {
 	}
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
+
+func TestIdleCostsNothing(t *testing.T) {
+	b := (&bench{t: t}).start(netloop.Options{})
+	addr := b.serve(func(_ *netloop.Task, c *netloop.Conn) {
+		c.SetReadDeadline(time.Now().Add(time.Hour))
+		c.Read(make([]byte, 1))
+	})
+	for range 50 {
+		dial(t, addr)
+	}
+	eventually(t, "all are served", func() bool { return b.Stats().Accepted == 50 })
+	time.Sleep(50 * time.Millisecond)
+	before := processorTime(t)
+	time.Sleep(500 * time.Millisecond)
+	if used := processorTime(t) - before; used > 25*time.Millisecond {
+		t.Errorf("%v of processor time was used in 500 ms with nothing to do", used)
+	}
+}
