@@ -132,6 +132,11 @@ func (s *Supervisor) run(ctx context.Context) error {
 	if err := dropOnThread(s.opt.Logger); err != nil {
 		return err
 	}
+	// What the agent itself inherited (from a shell, from systemd) may lack
+	// close-on-exec; Go's own descriptors have it (close_range(2), 5.11).
+	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("keep the agent's descriptors from userspace: %w", err)
+	}
 	wait := s.opt.MinBackoff
 	for first := true; ; first = false {
 		p, cmd, err := s.start()
