@@ -94,6 +94,9 @@ func Open(ctx context.Context, opt Options) (*Engine, error) {
 	db, err := openStore(ctx, path)
 	if err != nil {
 		lock.Close()
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, fmt.Errorf("open relation store %s: %w", path, err)
+		}
 		return nil, fmt.Errorf("open relation store %s: %w; put a backup in its place, or move it away to begin with no relations", path, err)
 	}
 	e := newEngine(opt)
@@ -178,7 +181,8 @@ func openStore(ctx context.Context, path string) (*sql.DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	dsn := path + "?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)"
+	// Temporary tables stay in memory: this process opens no other folder.
+	dsn := path + "?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)&_pragma=temp_store(MEMORY)"
 	dsn, err = sqlite.PrepareDSN(dsn)
 	if err != nil {
 		return nil, err

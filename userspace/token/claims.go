@@ -18,9 +18,8 @@ const (
 	maxScope     = 4096             // bytes of scope
 	maxDate      = 253402300799     // the last second of the year 9999
 	leeway       = 30 * time.Second // for nbf and iat
-	day          = 24 * time.Hour   //
-	defaultLife  = time.Hour        // where an issuer names no maximum
-	maxLifetime  = 400 * day        // that an issuer may name
+	defaultLife  = 15 * time.Minute // where an issuer names no maximum
+	maxLifetime  = 400 * 24 * time.Hour
 )
 
 // Claims is what a verified token says. It is shared by every request that

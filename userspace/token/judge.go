@@ -14,7 +14,7 @@ import (
 // time: the part that runs on every request, cached or not.
 func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.Time) (flow.Reason, error) {
 	if stale(keys, now) {
-		return flow.ReasonTokenKeysStale, errKeysStale
+		return flow.ReasonTokenKeysStale, v.refresh(i, errKeysStale)
 	}
 	if !contains(i.Types, t.kind) {
 		return flow.ReasonTokenType, errType

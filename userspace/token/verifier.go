@@ -44,7 +44,7 @@ type Issuer struct {
 	Audiences []string
 	// Types are the accepted typ values; empty: at+jwt (RFC 9068).
 	Types []string
-	// MaxLifetime bounds exp - iat; 0: one hour.
+	// MaxLifetime bounds exp - iat; 0: 15 minutes.
 	MaxLifetime time.Duration
 	// Require are claims that must be there with that value: a string that
 	// equals it, or an array that holds it.
@@ -245,6 +245,7 @@ func (v *Verifier) SetKeys(name string, document []byte, fetched time.Time) erro
 		err = fmt.Errorf("set keys of token issuer %q: %w", name, err)
 		why := err.Error()
 		i.problem.Store(&why)
+		v.log.Warn("token keys refused, the old ones stay", "issuer", name, "error", err)
 		return err
 	}
 	i.problem.Store(nil)
@@ -261,7 +262,9 @@ func (v *Verifier) SetKeys(name string, document []byte, fetched time.Time) erro
 // there serve until MaxKeyAge.
 func (v *Verifier) KeysFailed(name, why string) {
 	if i := (*v.issuers.Load())[name]; i != nil {
-		i.problem.Store(&why)
+		if i.problem.Swap(&why) == nil {
+			v.log.Warn("token keys not refreshed, the old ones serve until they are too old", "issuer", name, "limit", MaxKeyAge, "error", why)
+		}
 		i.answered()
 	}
 }

@@ -191,7 +191,7 @@ func TestSetIssuerRefuses(t *testing.T) {
 		"none":              {Name: "a", URL: testURL, Algorithms: []string{"none"}},
 		"a MAC":             {Name: "a", URL: testURL, Algorithms: []string{"HS256"}},
 		"negative lifetime": {Name: "a", URL: testURL, MaxLifetime: -1},
-		"lifetime of years": {Name: "a", URL: testURL, MaxLifetime: 401 * day},
+		"lifetime of years": {Name: "a", URL: testURL, MaxLifetime: 401 * 24 * time.Hour},
 	} {
 		if err := v.SetIssuer(i); err == nil {
 			t.Errorf("%s was taken", name)
@@ -486,7 +486,7 @@ func TestStaleKeys(t *testing.T) {
 	expect(t, v, ec.sign(t, ec.header(), claimsAt(c.Now)), c, flow.ReasonOK)
 	c.Now = now.Add(MaxKeyAge + time.Minute)
 	expect(t, v, ec.sign(t, ec.header(), claimsAt(c.Now)), c, flow.ReasonTokenKeysStale)
-	if s := v.Status(c.Now); !s[0].Stale {
+	if s := v.Status(c.Now); !s[0].Stale || s[0].Refreshes != 1 {
 		t.Fatalf("status %+v", s)
 	}
 	// A document that claims to come from the future is of now.
