@@ -308,11 +308,10 @@ type KernelSample struct {
 	HostLen   uint8
 	Flags     uint8
 	Kind      uint8
-	Pad       [7]uint8
+	Pad       [11]uint8
 	Method    [8]uint8
 	Path      [128]uint8
 	Host      [64]uint8
-	_         [4]byte
 }
 
 type KernelSampleFlags uint32

@@ -314,6 +314,8 @@ func TestFullFlowMapRefuses(t *testing.T) {
 	}
 	drop := func(socks []*testenv.Sock) {
 		for _, s := range socks {
+			// Reset, so that none lingers for a server that does not accept.
+			must(t, s.SetString(unix.SOL_SOCKET, unix.SO_LINGER, "\x01\x00\x00\x00\x00\x00\x00\x00"))
 			must(t, s.Close())
 		}
 	}

@@ -42,7 +42,7 @@ func (k *Kernel) attachAll(p *programs) (err error) {
 	defer func() {
 		if err != nil {
 			for _, pin := range fresh {
-				err = errors.Join(err, os.Remove(pin))
+				err = errors.Join(err, removeLink(pin))
 			}
 		}
 	}()
@@ -149,7 +149,7 @@ func (k *Kernel) AttachNetns(nsFD int, cookie uint64) error {
 // DetachNetns takes the steering program off. One that is not there is no
 // error.
 func (k *Kernel) DetachNetns(cookie uint64) error {
-	if err := os.Remove(k.netnsPin(cookie)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := removeLink(k.netnsPin(cookie)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("detach steer from netns %d: %w", cookie, err)
 	}
 	return nil
@@ -231,7 +231,7 @@ func (k *Kernel) attachInterface(i Interface) (err error) {
 	defer func() {
 		if err != nil {
 			for _, pin := range fresh {
-				err = errors.Join(err, os.Remove(pin))
+				err = errors.Join(err, removeLink(pin))
 			}
 		}
 	}()
@@ -274,7 +274,7 @@ func (k *Kernel) attachInterface(i Interface) (err error) {
 // there are no error.
 func (k *Kernel) DetachInterface(i Interface) error {
 	for _, direction := range []string{"egress", "ingress"} {
-		if err := os.Remove(i.pin(k.dir, direction)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := removeLink(i.pin(k.dir, direction)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("detach from interface %d of netns %d: %w", i.Index, i.Cookie, err)
 		}
 	}

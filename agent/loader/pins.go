@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -158,7 +159,11 @@ func removePins(dir string, removed *[]string) error {
 		}
 		for _, e := range entries {
 			path := filepath.Join(dir, sub, e.Name())
-			if err := os.Remove(path); err != nil {
+			remove := removeLink
+			if sub == "maps" {
+				remove = os.Remove
+			}
+			if err := remove(path); err != nil {
 				return fmt.Errorf("remove pin: %w", err)
 			}
 			if removed != nil {
@@ -176,6 +181,21 @@ func removePins(dir string, removed *[]string) error {
 		return fmt.Errorf("remove pin: %w", err)
 	}
 	return nil
+}
+
+// removeLink detaches a pinned link and removes the pin. Removing alone would
+// let the program run on until the kernel gets round to it. One that is not
+// there is fs.ErrNotExist.
+func removeLink(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	// Some links cannot be detached, and some have nothing left to be
+	// detached from: removing the pin is then all there is to do.
+	_ = l.Detach()
+	return os.Remove(pin)
 }
 
 func pinsIn(dir string) ([]string, error) {

@@ -201,6 +201,13 @@ func (a *Actor) Adopt(f *os.File) (*Sock, error) {
 	return &Sock{a, ans.FD}, nil
 }
 
+// SendFrame sends a whole link-layer frame out of an interface, from a packet
+// socket.
+func (a *Actor) SendFrame(ifindex int, frame []byte) error {
+	_, err := a.call(question{Op: "frame", Args: [3]int{ifindex}, Data: frame}, nil)
+	return err
+}
+
 func (s *Sock) do(q question) (answer, error) {
 	q.FD = s.FD
 	return s.Actor.call(q, nil)

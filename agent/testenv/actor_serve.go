@@ -92,6 +92,8 @@ func (q *question) transfer(ans *answer) (err error) {
 			n, err = unix.SendmsgN(q.FD, b, nil, nil, unix.MSG_NOSIGNAL)
 			b = b[n:]
 		}
+	case "frame":
+		err = sendFrame(q.Args[0], q.Data)
 	case "sendto":
 		err = withAddr(q.FD, q.Addr, func(fd int, sa unix.Sockaddr) error { return unix.Sendto(fd, q.Data, unix.MSG_NOSIGNAL, sa) })
 	case "recv":
@@ -110,6 +112,15 @@ func (q *question) transfer(ans *answer) (err error) {
 		err = unix.ENOSYS
 	}
 	return err
+}
+
+func sendFrame(ifindex int, frame []byte) error {
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: ifindex})
 }
 
 func timeout(fd int, d time.Duration) error {

@@ -349,7 +349,7 @@ struct sample {
 	__u8 host_len;
 	__u8 flags;
 	__u8 kind; /* enum flow_kind */
-	__u8 pad[7];
+	__u8 pad[11];
 	__u8 method[SAMPLE_METHOD];
 	__u8 path[SAMPLE_PATH]; /* without query */
 	__u8 host[SAMPLE_HOST];

@@ -210,8 +210,10 @@ static long http_byte(__u32 i, struct http *h)
 		}
 		break;
 	case HTTP_NAME:
-		if (!host_name_char(h->matched, b))
-			h->state = b == '\n' ? HTTP_END : HTTP_LINE;
+		if (h->matched == 0 && (b == '\r' || b == '\n'))
+			h->state = HTTP_END;
+		else if (!host_name_char(h->matched, b))
+			h->state = b == '\n' ? HTTP_NAME : HTTP_LINE, h->matched = 0;
 		else if (++h->matched == 5)
 			h->state = HTTP_HOST;
 		break;
