@@ -4,6 +4,7 @@ package netloop_test
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"log"
@@ -11,9 +12,9 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -43,12 +44,8 @@ func benchServer(role []string) {
 	serve := map[string]func(*netloop.Task, *netloop.Conn){
 		"echo":  echo,
 		"relay": func(t *netloop.Task, c *netloop.Conn) { benchRelay(t, c, role[2]) },
-		"idle": func(t *netloop.Task, c *netloop.Conn) {
-			if _, err := c.Read(make([]byte, 1)); err == nil {
-				c.Write([]byte("x"))
-				c.Read(make([]byte, 1))
-			}
-		},
+		"idle":  func(_ *netloop.Task, c *netloop.Conn) { answerOnce(c) },
+		"tls":   func(_ *netloop.Task, c *netloop.Conn) { answerOnce(tls.Server(c, serverTLS())) },
 	}[role[1]]
 	nl, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -64,6 +61,14 @@ func benchServer(role []string) {
 	}
 	fmt.Println(ln.Addr())
 	_, _ = io.Copy(io.Discard, os.Stdin)
+}
+
+func answerOnce(c net.Conn) {
+	buf := make([]byte, 1)
+	if _, err := c.Read(buf); err == nil {
+		c.Write(buf)
+		c.Read(buf)
+	}
 }
 
 func benchRelay(t *netloop.Task, c *netloop.Conn, to string) {
@@ -219,38 +224,54 @@ func BenchmarkRelayBulk(b *testing.B) {
 
 // BenchmarkIdle reports the memory of the serving process for each of many idle connections that have spoken once.
 func BenchmarkIdle(b *testing.B) {
-	for _, engine := range []string{"epoll", "goroutines"} {
-		b.Run(engine, func(b *testing.B) {
-			n := int(min(50_000, raiseDescriptors()-500))
-			p := startProcess(b, engine+" idle")
-			before := p.resident(b)
-			fds := make([]int, 0, n)
-			defer func() {
-				for _, fd := range fds {
-					unix.Close(fd)
+	for _, role := range []struct {
+		name  string
+		conns uint64
+	}{{"idle", 50_000}, {"relay", 20_000}, {"tls", 2_000}} {
+		for _, engine := range []string{"epoll", "goroutines"} {
+			b.Run(role.name+"/"+engine, func(b *testing.B) {
+				n := min(role.conns, raiseDescriptors()-500)
+				upstream := startProcess(b, "epoll idle")
+				defer upstream.stop(b)
+				if role.name == "relay" {
+					n /= 2 // each has two descriptors in the process measured
 				}
-			}()
-			for i := range n {
-				fd := boundSocket(b, i)
-				fds = append(fds, fd)
-				if err := unix.Connect(fd, addrOf(b, p.addr)); err != nil {
-					b.Fatal(err)
+				p := startProcess(b, engine+" "+role.name+" "+upstream.addr)
+				defer p.stop(b)
+				before := p.resident(b)
+				for i := range int(n) {
+					speakOnce(b, p.addr, i, role.name == "tls")
 				}
-				buf := []byte("x")
-				if _, err := unix.Write(fd, buf); err != nil {
-					b.Fatal(err)
-				}
-				if _, err := unix.Read(fd, buf); err != nil {
-					b.Fatal(err)
-				}
-			}
-			b.ReportMetric(float64(p.resident(b)-before)/float64(n), "B/conn")
-			b.ReportMetric(float64(n), "conns")
-			for range b.N {
-				runtime.Gosched()
-			}
-			p.stop(b)
+				b.ReportMetric(float64(p.resident(b)-before)/float64(n), "B/conn")
+				b.ReportMetric(float64(n), "conns")
+			})
+		}
+	}
+}
+
+// speakOnce opens a connection, from one of several source addresses since one has too few ports, and leaves it open.
+func speakOnce(b *testing.B, addr string, i int, secured bool) {
+	b.Helper()
+	from := &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+i/20_000))}
+	dialer := net.Dialer{LocalAddr: from, Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) {
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
 		})
+	}}
+	c, err := dialer.Dial("tcp", addr)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { c.Close() })
+	if secured {
+		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true}) // the other process has a certificate of its own
+	}
+	buf := []byte("x")
+	if _, err := c.Write(buf); err != nil {
+		b.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, buf); err != nil {
+		b.Fatal(err)
 	}
 }
 
@@ -263,20 +284,4 @@ func raiseDescriptors() uint64 {
 		return 0
 	}
 	return limit.Cur
-}
-
-// boundSocket has one of several source addresses, since one has too few ports.
-func boundSocket(b *testing.B, i int) int {
-	b.Helper()
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
-		b.Fatal(err)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 1, byte(1 + i/20_000)}}); err != nil {
-		b.Fatal(err)
-	}
-	return fd
 }

@@ -187,6 +187,7 @@ func (c *Conn) readNow(p []byte) (n int, err error, ok bool) {
 	if k < n {
 		c.aheadOf, c.ahead = r.scratch, r.scratch[k:n]
 		r.scratch = r.input()
+		r.holding = append(r.holding, c)
 	}
 	return k, nil, true
 }
@@ -200,10 +201,23 @@ func (c *Conn) readAhead(p []byte) int {
 }
 
 func (c *Conn) dropAhead() {
-	if c.aheadOf != nil && len(c.l.r.inputs) < keptInputs {
-		c.l.r.inputs = append(c.l.r.inputs, c.aheadOf)
-	}
+	c.l.r.giveInput(c.aheadOf)
 	c.ahead, c.aheadOf = nil, nil
+}
+
+// compact gives the large buffer back if little of it is left at the end of a turn: its reader may now wait for long.
+func (c *Conn) compact() {
+	if n := len(c.ahead); n > 0 && n <= scratchSize/4 && cap(c.aheadOf) == scratchSize {
+		little := append(make([]byte, 0, n), c.ahead...)
+		c.l.r.giveInput(c.aheadOf)
+		c.ahead, c.aheadOf = little, little
+	}
+}
+
+func (r *reactor) giveInput(b []byte) {
+	if cap(b) == scratchSize && len(r.inputs) < keptInputs {
+		r.inputs = append(r.inputs, b[:scratchSize])
+	}
 }
 
 func (r *reactor) input() []byte {

@@ -468,6 +468,38 @@ func TestGoneAndQuiet(t *testing.T) {
 	})
 }
 
+func TestSmallReads(t *testing.T) {
+	onBoth(t, func(t *testing.T, b *bench) {
+		b.start(netloop.Options{})
+		data := random(120 << 10)
+		var got []byte
+		c, errs := b.handled(func(t *netloop.Task, c *netloop.Conn) error {
+			buf := make([]byte, 50<<10)
+			for i := 0; ; i++ {
+				n, err := c.Read(buf[:[]int{1, 100, 5000, 1, 50 << 10}[i%5]])
+				got = append(got, buf[:n]...)
+				if err == io.EOF {
+					return nil
+				}
+				if err != nil {
+					return err
+				}
+				if i%2 == 0 {
+					if err := t.Yield(); err != nil {
+						return err
+					}
+				}
+			}
+		})
+		c.Write(data)
+		c.CloseWrite()
+		wantErr(t, errs, nil)
+		if !bytes.Equal(got, data) {
+			t.Errorf("read %d bytes of %d, or others", len(got), len(data))
+		}
+	})
+}
+
 func TestSecondReader(t *testing.T) {
 	onBoth(t, func(t *testing.T, b *bench) {
 		b.start(netloop.Options{})

@@ -39,12 +39,13 @@ type reactor struct {
 	listeners map[int]*Listener
 	accepting []*Listener // with connections perhaps left to accept
 
-	runq   []*Task   // to be resumed, in order
-	later  []parking // to be resumed next turn
-	pumps  []*relay  // with something to do
-	pumped []*relay  // storage for the next pumps
-	dirty  []*Conn   // with output to be sent at the end of the turn
-	free   []*worker
+	runq    []*Task   // to be resumed, in order
+	later   []parking // to be resumed next turn
+	pumps   []*relay  // with something to do
+	pumped  []*relay  // storage for the next pumps
+	holding []*Conn   // with input that was read ahead in this turn
+	dirty   []*Conn   // with output to be sent at the end of the turn
+	free    []*worker
 
 	scratch      []byte   // what Read reads into before it knows how much there is
 	small, large [][]byte // spare output buffers
@@ -147,6 +148,11 @@ func (r *reactor) step() {
 	r.resumeAll()
 	r.pumpAll()
 	r.flushAll()
+	for _, c := range r.holding {
+		c.compact()
+	}
+	clear(r.holding)
+	r.holding = r.holding[:0]
 	if r.read != 0 {
 		r.l.bytesRead.Add(r.read)
 		r.read = 0
