@@ -49,7 +49,7 @@ func buildAPI(t testing.TB, spec string) (*Plan, *API) {
 		for _, p := range problems {
 			t.Log(p)
 		}
-		t.Fatal("no plan for:\n" + spec)
+		t.Fatalf("no plan for:\n%.2000s", spec)
 	}
 	return plan, plan.APIs()[0]
 }

@@ -28,7 +28,7 @@ const (
 	MaxSetBytes  = 16 << 20
 	MaxFiles     = 10_000
 	MaxDocuments = 10_000
-	MaxTuples    = 200_000
+	MaxTuples    = 100_000
 )
 
 // Set is what a set of files holds, in order of file and place.
