@@ -102,6 +102,11 @@ func OpenCA(o CAOptions) (*CA, error) {
 	if ca.log == nil {
 		ca.log = slog.New(slog.DiscardHandler)
 	}
+	unlock, err := lockFile(o.StateDir, ca.stem()+".lock")
+	if err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	defer unlock()
 	key, err := OpenKey(KeyOptions{
 		Dir: o.StateDir, Name: ca.stem(), TPM: o.TPM, RequireTPM: o.RequireTPM, SecretFile: o.SecretFile,
 	})

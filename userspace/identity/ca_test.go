@@ -12,7 +12,9 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -153,6 +155,28 @@ func TestRootSurvivesRestart(t *testing.T) {
 	}
 	if _, err := NewVerifier(VerifierOptions{Bundle: bundleOf(t, first.Trust())}).VerifyDER(chain, RoleClient, later); err != nil {
 		t.Errorf("a leaf under the renewed root: %v", err)
+	}
+}
+
+// A command and the server may both be the first.
+func TestFirstOpenAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	roots := make([]string, 8)
+	var group sync.WaitGroup
+	for i := range roots {
+		group.Go(func() {
+			ca, err := OpenCA(CAOptions{StateDir: dir, TrustDomain: "td", Node: "n1", TPM: "none"})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer ca.Close()
+			roots[i] = string(ca.Trust().Roots[0])
+		})
+	}
+	group.Wait()
+	if slices.Sort(roots); len(slices.Compact(roots)) != 1 {
+		t.Error("more than one root was made")
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -183,16 +184,16 @@ func TestRunRenews(t *testing.T) {
 		authority := openCA(t, CAOptions{StateDir: t.TempDir(), Authority: true, Node: "authority"})
 		scope := scopeOf(t, "n1", testID)
 		answer := issuing(t, authority, &scope)
-		var joins, renewals int
-		down := false
+		var joins, renewals atomic.Int32
+		var down atomic.Bool
 		ca := openCA(t, CAOptions{StateDir: t.TempDir(), Enroller: enrollerFunc(func(csr []byte, current *tls.Certificate) (Enrolment, error) {
-			if down {
+			if down.Load() {
 				return Enrolment{}, errors.New("connection refused")
 			}
 			if current == nil {
-				joins++
+				joins.Add(1)
 			} else {
-				renewals++
+				renewals.Add(1)
 			}
 			return answer(csr, current)
 		})})
@@ -202,19 +203,19 @@ func TestRunRenews(t *testing.T) {
 		csr := csrOf(t, newKey(t))
 		synctest.Wait()
 		start := time.Now()
-		if joins != 1 || renewals != 0 {
-			t.Fatalf("%d joins, %d renewals; want 1, 0", joins, renewals)
+		if joins.Load() != 1 || renewals.Load() != 0 {
+			t.Fatalf("%d joins, %d renewals; want 1, 0", joins.Load(), renewals.Load())
 		}
 		time.Sleep(23 * time.Minute)
-		if renewals != 0 {
+		if renewals.Load() != 0 {
 			t.Errorf("renewed before two fifths of its life")
 		}
 		time.Sleep(14 * time.Minute)
 		synctest.Wait()
-		if joins != 1 || renewals != 1 {
-			t.Errorf("%d joins, %d renewals after %v; want 1, 1", joins, renewals, time.Since(start))
+		if joins.Load() != 1 || renewals.Load() != 1 {
+			t.Errorf("%d joins, %d renewals after %v; want 1, 1", joins.Load(), renewals.Load(), time.Since(start))
 		}
-		down = true
+		down.Store(true)
 		time.Sleep(42 * time.Minute)
 		synctest.Wait()
 		if _, err := ca.Sign(csr, testID, 0); err != nil {
@@ -231,11 +232,11 @@ func TestRunRenews(t *testing.T) {
 		if !strings.Contains(ca.Problem(), "new join token") {
 			t.Errorf("problem %q", ca.Problem())
 		}
-		down = false
+		down.Store(false)
 		time.Sleep(2 * enrolRetryMax)
 		synctest.Wait()
-		if _, err := ca.Sign(csr, testID, 0); err != nil || joins != 2 || ca.Problem() != "" {
-			t.Errorf("after it came back: %v, %d joins, problem %q", err, joins, ca.Problem())
+		if _, err := ca.Sign(csr, testID, 0); err != nil || joins.Load() != 2 || ca.Problem() != "" {
+			t.Errorf("after it came back: %v, %d joins, problem %q", err, joins.Load(), ca.Problem())
 		}
 		cancel()
 		if err := <-ended; err != nil {

@@ -268,6 +268,23 @@ func checkPrivate(path string) error {
 	return nil
 }
 
+// lockFile waits until no other process makes or loads what the lock guards:
+// a command and the server may both be the first to need a key.
+func lockFile(dir, name string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make state directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	return func() { f.Close() }, nil
+}
+
 func exists(path string) (bool, error) {
 	_, err := os.Lstat(path)
 	switch {
