@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,12 +20,24 @@ const maxAddresses = 4096
 // Addresses lists the unicast addresses of the namespace, sorted. Those that
 // are not usable yet (IPv6 duplicate detection) are among them.
 func (n *Netns) Addresses() ([]netip.Addr, error) {
-	h, err := netlink.NewHandleAt(netns.NsHandle(n.fd), unix.NETLINK_ROUTE)
+	h, err := n.netlink()
 	if err != nil {
-		return nil, fmt.Errorf("list addresses of netns %s: %w", n.name, err)
+		return nil, err
 	}
 	defer h.Close()
 	return n.addresses(h)
+}
+
+// netlink opens a route socket inside the namespace.
+func (n *Netns) netlink() (h *netlink.Handle, err error) {
+	err = n.In(func() error {
+		h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open netlink in netns %s: %w", n.name, err)
+	}
+	return h, nil
 }
 
 func (n *Netns) addresses(h *netlink.Handle) ([]netip.Addr, error) {
@@ -50,9 +61,9 @@ func (n *Netns) addresses(h *netlink.Handle) ([]netip.Addr, error) {
 // WatchAddresses calls f with the addresses, and again whenever they have
 // changed, until ctx ends or they cannot be had any more.
 func (n *Netns) WatchAddresses(ctx context.Context, f func([]netip.Addr)) error {
-	h, err := netlink.NewHandleAt(netns.NsHandle(n.fd), unix.NETLINK_ROUTE)
+	h, err := n.netlink()
 	if err != nil {
-		return fmt.Errorf("watch addresses of netns %s: %w", n.name, err)
+		return err
 	}
 	defer h.Close()
 	var last []netip.Addr
@@ -83,14 +94,15 @@ func (n *Netns) WatchAddresses(ctx context.Context, f func([]netip.Addr)) error 
 
 // watch runs one subscription: changed at its start and after each change.
 func (n *Netns) watch(ctx context.Context, changed func() error) error {
-	handle := netns.NsHandle(n.fd)
 	updates, done := make(chan netlink.AddrUpdate, 64), make(chan struct{})
 	defer func() {
 		close(done)
 		for range updates { // its sender must not be left waiting
 		}
 	}()
-	err := netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{Namespace: &handle, ErrorCallback: func(error) {}})
+	err := n.In(func() error {
+		return netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{ErrorCallback: func(error) {}})
+	})
 	if err != nil {
 		close(updates)
 		return fmt.Errorf("watch addresses of netns %s: %w", n.name, err)

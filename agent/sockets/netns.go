@@ -25,9 +25,17 @@ type Netns struct {
 	inode  uint64
 	name   string
 
+	// open is held for reading while fd is in use: a number that was closed
+	// could be another namespace's the next moment.
+	open   sync.RWMutex
+	closed bool
+
 	mu       sync.Mutex
 	reserved map[uint16]bool // ports that ReservePorts added
 }
+
+// ErrClosed: the namespace has been let go of.
+var ErrClosed = errors.New("netns closed")
 
 // Open opens the namespace at path: /proc/PID/ns/net, or what `ip netns add`
 // left in /run/netns. Its cookie is read (SO_NETNS_COOKIE, 5.14) on a socket
@@ -82,14 +90,21 @@ func (n *Netns) Cookie() uint64 { return n.cookie }
 // only while it is held.
 func (n *Netns) Inode() uint64 { return n.inode }
 
-// FD is the descriptor, which stays the Netns's.
+// FD is the descriptor, which stays the Netns's and is valid until Close.
 func (n *Netns) FD() int { return n.fd }
 
 // String names the namespace for a person.
 func (n *Netns) String() string { return fmt.Sprintf("%s (cookie %d)", n.name, n.cookie) }
 
-// Close lets go of the namespace. It must not be in use.
+// Close lets go of the namespace once what is under way in it has ended;
+// later uses are ErrClosed.
 func (n *Netns) Close() error {
+	n.open.Lock()
+	defer n.open.Unlock()
+	if n.closed {
+		return nil
+	}
+	n.closed = true
 	if err := unix.Close(n.fd); err != nil {
 		return fmt.Errorf("close netns %s: %w", n.name, err)
 	}
@@ -105,14 +120,23 @@ func (n *Netns) In(f func() error) error {
 	return <-done
 }
 
+// home is the process's own namespace, the way back. Only threads inside in
+// are ever elsewhere.
+var home = sync.OnceValues(func() (int, error) {
+	return unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+})
+
 func (n *Netns) in(f func() error) (err error) {
-	runtime.LockOSThread()
-	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	n.open.RLock()
+	defer n.open.RUnlock()
+	if n.closed {
+		return fmt.Errorf("enter netns %s: %w", n.name, ErrClosed)
+	}
+	home, err := home()
 	if err != nil {
-		runtime.UnlockOSThread()
 		return fmt.Errorf("open own netns: %w", err)
 	}
-	defer unix.Close(home)
+	runtime.LockOSThread()
 	// CLONE_NEWNET and not 0: systemd's RestrictNamespaces=net passes only
 	// what names its kind.
 	if err := unix.Setns(n.fd, unix.CLONE_NEWNET); err != nil {

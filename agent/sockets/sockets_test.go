@@ -113,27 +113,20 @@ func TestInComesBackHome(t *testing.T) {
 // other goroutine ever meets the thread.
 func TestInDiscardsThread(t *testing.T) {
 	ns := open(t, testenv.NewNetns(t))
-	err := ns.In(func() error {
-		// What In opened last is the way home.
-		fds, err := os.ReadDir("/proc/self/fd")
+	way, err := home()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := unix.FcntlInt(uintptr(way), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(kept)
+	defer unix.Dup3(kept, way, unix.O_CLOEXEC)
+	err = ns.In(func() error {
+		home, err := home()
 		if err != nil {
 			return err
-		}
-		home := 0
-		var own unix.Stat_t
-		if err := unix.Stat("/proc/self/ns/net", &own); err != nil {
-			return err
-		}
-		for _, f := range fds {
-			var fd int
-			fmt.Sscan(f.Name(), &fd)
-			var st unix.Stat_t
-			if unix.Fstat(fd, &st) == nil && st.Ino == own.Ino && st.Dev == own.Dev {
-				home = fd
-			}
-		}
-		if home == 0 {
-			return errors.New("the way home was not found")
 		}
 		null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -165,6 +158,34 @@ func TestInDiscardsThread(t *testing.T) {
 			t.Fatalf("%d threads are still inside", strays)
 		}
 		time.Sleep(time.Millisecond)
+	}
+}
+
+func TestClosedNetns(t *testing.T) {
+	n := testenv.NewNetns(t)
+	ns := open(t, n)
+	entered, leave := make(chan struct{}), make(chan struct{})
+	go ns.In(func() error { close(entered); <-leave; return nil })
+	<-entered
+	closed := make(chan error, 1)
+	go func() { closed <- ns.Close() }()
+	select {
+	case <-closed:
+		t.Error("closed while in use")
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(leave)
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	if _, err := ns.Dial(ap("127.0.0.1:1"), nil); !errors.Is(err, ErrClosed) {
+		t.Error(err)
+	}
+	if _, err := ns.Addresses(); !errors.Is(err, ErrClosed) {
+		t.Error(err)
+	}
+	if err := ns.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -4,6 +4,7 @@ package workload
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -63,26 +64,28 @@ func cgroupID(path string) (uint64, error) {
 	return st.Ino, nil
 }
 
+// leaf says whether a cgroup has none beneath it: kernfs counts a directory's
+// children in its links.
+func leaf(st *unix.Stat_t) bool { return st.Nlink == 2 }
+
 // maxProcs bounds how many processes of one cgroup are looked at.
 const maxProcs = 4096
 
 // processes lists the processes of the cgroup at path, not those beneath it.
 // A threaded cgroup has none of its own.
 func processes(path string) ([]int, error) {
-	f, err := os.Open(filepath.Join(path, "cgroup.procs"))
-	if err != nil {
+	b, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 		return nil, err
 	}
-	defer f.Close()
 	var all []int
-	lines := bufio.NewScanner(f)
-	for lines.Scan() && len(all) < maxProcs {
-		if pid, err := strconv.Atoi(lines.Text()); err == nil && pid > 0 {
+	for line := range bytes.Lines(b) {
+		if len(all) == maxProcs {
+			break
+		}
+		if pid, err := strconv.Atoi(string(bytes.TrimSpace(line))); err == nil && pid > 0 {
 			all = append(all, pid)
 		}
-	}
-	if err := lines.Err(); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
-		return nil, err
 	}
 	return all, nil
 }

@@ -20,6 +20,7 @@ import (
 type scanned struct {
 	Cgroup
 	procs []int
+	leaf  bool
 	names []string
 	bys   []string
 	netns map[uint64]bool
@@ -91,6 +92,9 @@ func (s *scan) walk(p string, f func(*scanned)) error {
 		return err
 	}
 	f(c)
+	if c.leaf {
+		return nil
+	}
 	entries, err := os.ReadDir(filepath.Join(s.r.opt.Root, p))
 	if err != nil && !gone(err) {
 		return err
@@ -114,18 +118,21 @@ func (s *scan) cgroup(p string) (*scanned, error) {
 		return nil, errTooMany
 	}
 	full := filepath.Join(s.r.opt.Root, p)
-	// Watched before it is read: what changes in between is told.
-	s.r.watch.add(full, unix.IN_CREATE|unix.IN_DELETE|unix.IN_DELETE_SELF)
-	s.r.watch.add(filepath.Join(full, "cgroup.events"), unix.IN_MODIFY)
-	id, err := cgroupID(full)
-	if err != nil {
+	var st unix.Stat_t
+	if err := unix.Lstat(full, &st); err != nil {
 		return nil, err
+	}
+	// Watched before it is read: what changes in between is told.
+	if s.r.watch.cgroup(full, st.Ino) {
+		if err := unix.Lstat(full, &st); err != nil {
+			return nil, err
+		}
 	}
 	procs, err := processes(full)
 	if err != nil {
 		return nil, err
 	}
-	c := &scanned{Cgroup: Cgroup{ID: id, Path: p, Processes: len(procs)}, procs: procs, netns: map[uint64]bool{}}
+	c := &scanned{Cgroup: Cgroup{ID: st.Ino, Path: p, Processes: len(procs)}, procs: procs, leaf: leaf(&st), netns: map[uint64]bool{}}
 	s.cgroups[p] = c
 	return c, nil
 }

@@ -20,8 +20,9 @@ type watcher struct {
 	changed chan struct{}
 	failed  chan error
 
-	watches map[string]int32 // path -> watch descriptor
-	used    map[string]bool  // in the scan under way
+	watches map[string]int32  // path -> watch descriptor
+	cgroups map[string]uint64 // watched cgroup -> its id
+	used    map[string]bool   // in the scan under way
 }
 
 func newWatcher(most int) (*watcher, error) {
@@ -32,7 +33,7 @@ func newWatcher(most int) (*watcher, error) {
 	w := &watcher{
 		file: os.NewFile(uintptr(fd), "inotify"), max: most,
 		changed: make(chan struct{}, 1), failed: make(chan error, 1),
-		watches: map[string]int32{},
+		watches: map[string]int32{}, cgroups: map[string]uint64{},
 	}
 	go w.read()
 	return w, nil
@@ -78,6 +79,23 @@ func (w *watcher) add(p string, events uint32) {
 	}
 }
 
+// cgroup watches the cgroup at p for children and for its first and last
+// process, unless that very one is watched already; added says whether it had
+// to.
+func (w *watcher) cgroup(p string, id uint64) (added bool) {
+	events := filepath.Join(p, "cgroup.events")
+	if w.cgroups[p] == id {
+		w.used[p], w.used[events] = true, true
+		return false
+	}
+	w.add(p, unix.IN_CREATE|unix.IN_DELETE|unix.IN_DELETE_SELF)
+	w.add(events, unix.IN_MODIFY)
+	if w.used[p] && w.used[events] {
+		w.cgroups[p] = id
+	}
+	return true
+}
+
 // ancestors watches the directories from the root down to the parent of p
 // for their children.
 func (w *watcher) ancestors(root, p string) {
@@ -95,6 +113,7 @@ func (w *watcher) end() {
 			continue
 		}
 		delete(w.watches, p)
+		delete(w.cgroups, p)
 		raw, err := w.file.SyscallConn()
 		if err == nil {
 			// A path that is gone has taken its watch along: EINVAL.
