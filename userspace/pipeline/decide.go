@@ -13,6 +13,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/anomaly"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/relation"
 	"github.com/sallyport-dev/sallyport/userspace/token"
 )
 
@@ -360,7 +361,11 @@ func (r *run) token(rule *compile.Rule) finding {
 		return r.fail(rule, flow.StageToken, r.rawReason, "")
 	}
 	t := rule.Token
-	r.check = token.Check{Issuer: r.fullName(t.Issuer, t.Issuer.FullName), Audience: t.Audience, Scopes: t.Scopes,
+	issuer, ok := r.st.issuers[t.Issuer]
+	if !ok {
+		issuer = t.Issuer.FullName()
+	}
+	r.check = token.Check{Issuer: issuer, Audience: t.Audience, Scopes: t.Scopes,
 		BoundTo: bindings[t.Bound], Thumbprints: r.req.Peer.Thumbprints, Now: r.now}
 	claims, reason, err := r.p.opt.Tokens.Verify(r.raw, &r.check)
 	if err != nil && errors.Is(err, token.ErrKeysPending) {
@@ -399,15 +404,6 @@ func (r *run) verifyLater() (claims *token.Claims, reason flow.Reason, err error
 	return r.p.opt.Tokens.Verify(r.raw, &r.check)
 }
 
-// fullName returns the name that an issuer or a model goes by without
-// building it again.
-func (r *run) fullName(of any, build func() string) string {
-	if s, ok := r.st.names[of]; ok {
-		return s
-	}
-	return build()
-}
-
 func (r *run) relation(rule *compile.Rule) finding {
 	engine, rel := r.p.opt.Relations, rule.Relation
 	if engine == nil {
@@ -422,20 +418,17 @@ func (r *run) relation(rule *compile.Rule) finding {
 	}
 	model := ""
 	if rel.Model != nil {
-		model = r.fullName(rel.Model, rel.Model.FullName)
+		var known bool
+		if model, known = r.st.models[rel.Model]; !known {
+			model = rel.Model.FullName()
+		}
 	}
 	answer, ok := engine.Cached(model, text(r.user), rel.Relation, text(r.object))
 	if !ok {
-		user, object := string(r.user), string(r.object)
-		var err error
-		r.env.Task.Block(func() {
-			answer, reason, err = engine.Check(context.Background(), model, user, rel.Relation, object)
-		})
-		if reason != flow.ReasonOK {
+		if answer, reason = r.ask(model, rel.Relation); reason != flow.ReasonOK {
 			detail := ""
-			if reason != flow.ReasonRelation && err != nil {
+			if reason == flow.ReasonRelationUnavailable {
 				detail = "the relation engine gave no answer"
-				r.p.opt.Logger.Warn("relation check", "model", model, "error", err)
 			}
 			return r.fail(rule, flow.StageRelation, reason, detail)
 		}
@@ -446,6 +439,21 @@ func (r *run) relation(rule *compile.Rule) finding {
 	r.leaseEnd = answer.Until
 	r.step(flow.StageRelation, flow.ReasonOK, rel.Relation, rule.Name)
 	return finding{stage: flow.StageRelation}
+}
+
+// ask has the engine answer, which may take its time.
+func (r *run) ask(model, rel string) (relation.Answer, flow.Reason) {
+	user, object := string(r.user), string(r.object)
+	var answer relation.Answer
+	reason := flow.ReasonRelationUnavailable // unless it says otherwise
+	var err error
+	r.env.Task.Block(func() {
+		answer, reason, err = r.p.opt.Relations.Check(context.Background(), model, user, rel, object)
+	})
+	if reason == flow.ReasonRelationUnavailable {
+		r.p.opt.Logger.Warn("ask relation engine", "model", model, "error", err)
+	}
+	return answer, reason
 }
 
 // text views b as a string for the time of a call that does not keep it.

@@ -61,10 +61,11 @@ type Pipeline struct {
 // planState is a plan with the texts that decisions show, so that none is
 // built for a request.
 type planState struct {
-	plan  *compile.Plan
-	rules map[*compile.Rule]string // FILE:LINE
-	apis  map[*compile.API]string
-	names map[any]string // full names of *compile.Issuer and *compile.Model
+	plan    *compile.Plan
+	rules   map[*compile.Rule]string // FILE:LINE
+	apis    map[*compile.API]string
+	issuers map[*compile.Issuer]string // NAMESPACE/NAME
+	models  map[*compile.Model]string
 }
 
 // New returns a Pipeline without a plan.
@@ -83,7 +84,8 @@ func New(opt Options) *Pipeline {
 
 // SetPlan swaps the plan. Live streams are judged again under it.
 func (p *Pipeline) SetPlan(plan *compile.Plan) {
-	st := &planState{plan: plan, rules: map[*compile.Rule]string{}, apis: map[*compile.API]string{}, names: map[any]string{}}
+	st := &planState{plan: plan, rules: map[*compile.Rule]string{}, apis: map[*compile.API]string{},
+		issuers: map[*compile.Issuer]string{}, models: map[*compile.Model]string{}}
 	for _, a := range plan.APIs() {
 		st.apis[a] = a.Position.FileLine()
 		for _, r := range a.Rules {
@@ -91,10 +93,10 @@ func (p *Pipeline) SetPlan(plan *compile.Plan) {
 		}
 	}
 	for _, i := range plan.Issuers() {
-		st.names[i] = i.FullName()
+		st.issuers[i] = i.FullName()
 	}
 	for _, m := range plan.Models() {
-		st.names[m] = m.FullName()
+		st.models[m] = m.FullName()
 	}
 	p.plan.Store(st)
 	p.generation.Add(1)

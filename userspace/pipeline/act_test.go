@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pipeline
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
+)
+
+const injection = "GET /items/7%27%20OR%201=1?page=1'+OR+'1'='1&kind=<script>"
+
+func learned(w *world, api string) int {
+	n := 0
+	for _, i := range w.anomalies.List() {
+		if i.API == "shop/"+api {
+			n += i.Requests
+		}
+	}
+	return n
+}
+
+func TestAnomalyThrottles(t *testing.T) {
+	for _, mode := range []string{"enforce", "audit"} {
+		t.Run(mode, func(t *testing.T) {
+			w := newWorld(t, mode)
+			if d := w.decide(w.request(injection), "watched"); d.Effect != flow.EffectAllow {
+				t.Errorf("before the warm-up it acts: %+v", d)
+			}
+			w.warm("watched")
+			before := learned(w, "watched")
+			d := w.decide(w.request(injection), "watched")
+			if d.Effect != flow.EffectThrottle || d.Stage != flow.StageAnomaly || d.Reason != flow.ReasonThrottled || d.Enforced != (mode == "enforce") {
+				t.Errorf("an injection: %+v", d)
+			}
+			if !strings.Contains(d.Detail, "expected up to") || strings.Contains(d.Detail, "script") || strings.Contains(d.Detail, "OR") {
+				t.Errorf("detail %q", d.Detail)
+			}
+			checkTrace(t, &d)
+			if n := learned(w, "watched"); n != before {
+				t.Errorf("what was acted upon was learned: %d, then %d", before, n)
+			}
+			if d := w.decide(w.request("GET /items/7?page=3&kind=book"), "watched"); d.Effect != flow.EffectAllow {
+				t.Errorf("a normal request: %+v", d)
+			}
+			if n := learned(w, "watched"); n != before+1 {
+				t.Errorf("a normal request was not learned: %d, then %d", before, n)
+			}
+		})
+	}
+}
+
+func TestAnomalyWarns(t *testing.T) {
+	w := newWorld(t, "enforce")
+	w.warm("watched")
+	w.api("watched").Anomaly.Throttle = 0
+	d := w.decide(w.request(injection), "watched")
+	if d.Effect != flow.EffectAllow || !strings.HasPrefix(d.Detail, "unusual: ") {
+		t.Errorf("under warn alone: %+v", d)
+	}
+}
+
+// TestAnomalyRevokes blocks the caller's identity, closes its streams and
+// nobody else's, and is told to the agent.
+func TestAnomalyRevokes(t *testing.T) {
+	w := newWorld(t, "enforce")
+	var told []string
+	w.p.opt.Revoked = func(kind identity.RevocationKind, value string, until time.Time, why string) {
+		told = append(told, fmt.Sprint(kind, " ", value, " ", !until.Before(w.now.Add(blockFor-time.Minute))))
+	}
+	w.warm("odd")
+	var closed []flow.Reason
+	own := w.p.Live().Add(Stream{Subjects: [4]string{w.identity("checkout").ID}, Kill: func(r flow.Reason) { closed = append(closed, r) }})
+	other := w.p.Live().Add(Stream{Subjects: [4]string{w.identity("stranger").ID}, Kill: func(flow.Reason) { t.Error("another's stream was closed") }})
+	d := w.decide(w.request("GET /items/7?page=1'+OR+'1'='1&kind=<script>"), "odd")
+	if d.Effect != flow.EffectTerminate || d.Reason != flow.ReasonAnomaly || !d.Refused() {
+		t.Errorf("an injection: %+v", d)
+	}
+	if len(closed) != 1 || closed[0] != flow.ReasonAnomaly {
+		t.Errorf("own stream: %v", closed)
+	}
+	if len(told) != 1 || told[0] != "identity "+w.identity("checkout").ID+" true" {
+		t.Errorf("told %q", told)
+	}
+	if d := w.decide(w.request("GET /ok"), "payments"); d.Reason != flow.ReasonIdentityRevoked {
+		t.Errorf("afterwards: %+v", d)
+	}
+	w.p.Live().Remove(own)
+	w.p.Live().Remove(other)
+	if w.p.Live().Len() != 0 {
+		t.Error("streams are left")
+	}
+}
+
+func TestAuditRevokesNobody(t *testing.T) {
+	w := newWorld(t, "audit")
+	w.warm("odd")
+	w.p.Live().Add(Stream{Subjects: [4]string{w.identity("checkout").ID}, Kill: func(flow.Reason) { t.Error("audit closed a stream") }})
+	d := w.decide(w.request("GET /items/7?page=1'+OR+'1'='1&kind=<script>"), "odd")
+	if d.Effect != flow.EffectTerminate || d.Refused() || !d.WouldDeny() {
+		t.Errorf("an injection: %+v", d)
+	}
+	if d := w.decide(w.request("GET /ok"), "payments"); d.Effect != flow.EffectAllow {
+		t.Errorf("afterwards: %+v", d)
+	}
+}
+
+// TestBlastRadius caps how many identities of one group are hit a window.
+func TestBlastRadius(t *testing.T) {
+	var a acts
+	now := time.Now()
+	for i := range actsPerGroup {
+		if !a.permit("p", "shop", fmt.Sprint("id", i), now) {
+			t.Errorf("identity %d is not permitted", i)
+		}
+	}
+	if !a.permit("p", "shop", "id0", now) {
+		t.Error("one that was hit already counts again")
+	}
+	if a.permit("p", "shop", "another", now) {
+		t.Error("the cap does not hold")
+	}
+	if !a.permit("p", "finance", "another", now) || !a.permit("q", "shop", "another", now) {
+		t.Error("the cap of one group is spent by another")
+	}
+	if !a.permit("p", "shop", "another", now.Add(actWindow)) {
+		t.Error("the next window does not open")
+	}
+	for i := range maxGroups + 10 {
+		a.permit("p", fmt.Sprint("g", i), "x", now)
+	}
+	if len(a.groups) > maxGroups {
+		t.Errorf("%d groups", len(a.groups))
+	}
+}
+
+// TestBlastRadiusThrottles throttles what the cap keeps from being revoked.
+func TestBlastRadiusThrottles(t *testing.T) {
+	w := newWorld(t, "enforce")
+	w.warm("odd")
+	for i := range actsPerGroup {
+		w.p.acts.permit("shop/odd", "shop", fmt.Sprint("id", i), w.now)
+	}
+	d := w.decide(w.request("GET /items/7?page=1'+OR+'1'='1&kind=<script>"), "odd")
+	if d.Effect != flow.EffectThrottle || d.Reason != flow.ReasonThrottled || !strings.HasPrefix(d.Detail, "cap of revocations") {
+		t.Errorf("beyond the cap: %+v", d)
+	}
+	if d := w.decide(w.request("GET /ok"), "payments"); d.Effect != flow.EffectAllow {
+		t.Errorf("afterwards: %+v", d)
+	}
+}
+
+func TestBlockList(t *testing.T) {
+	p := New(Options{})
+	now := time.Now()
+	for i := range maxBlocked + 5 {
+		if i > 5 && i < maxBlocked-5 { // each block copies the list: the ends do
+			p.blocked.Load().entries[blockKey{identity.RevokeJTI, fmt.Sprint(i)}] = now.Add(time.Minute)
+			continue
+		}
+		p.block(identity.RevokeJTI, fmt.Sprint(i), now.Add(time.Minute), now)
+	}
+	if n := len(p.blocked.Load().entries); n != maxBlocked {
+		t.Errorf("%d entries, at most %d", n, maxBlocked)
+	}
+	if !p.blocked.Load().has(identity.RevokeJTI, "0", now) || p.blocked.Load().has(identity.RevokeJTI, "0", now.Add(time.Minute)) {
+		t.Error("an entry does not hold for its time")
+	}
+	p.block(identity.RevokeJTI, "later", now.Add(3*time.Minute), now.Add(2*time.Minute))
+	if n := len(p.blocked.Load().entries); n != 1 {
+		t.Errorf("%d entries after the others ended", n)
+	}
+}
