@@ -240,6 +240,7 @@ type Framing struct {
 	Close bool
 
 	cuts       []cut
+	kept       cut      // the Connection line that goes on, if any
 	hashes     []uint32 // storage for Body.guard
 	connection bool     // a Connection field came
 	keepAlive  bool
@@ -287,6 +288,8 @@ func (f *Framing) field(b []byte, from, to int, request bool) error {
 	}
 	if !goesOn {
 		f.cuts = append(f.cuts, cut{from, to + 2})
+	} else if fold(name, "connection") {
+		f.kept = cut{from, to + 2}
 	}
 	f.Fields = append(f.Fields, flow.Header{Name: name, Value: value})
 	return nil
@@ -514,6 +517,21 @@ func (f *Framing) fieldLines(head []byte, from int, request bool) error {
 	}
 	f.Len = len(head)
 	return f.finish()
+}
+
+// DropConnection has Compact drop every Connection field, for who adds one.
+func (f *Framing) DropConnection() {
+	if f.kept.to == 0 {
+		return
+	}
+	at := len(f.cuts)
+	for at > 0 && f.cuts[at-1].from > f.kept.from {
+		at--
+	}
+	f.cuts = append(f.cuts, cut{})
+	copy(f.cuts[at+1:], f.cuts[at:])
+	f.cuts[at] = f.kept
+	f.kept = cut{}
 }
 
 // Compact drops what does not go on from a head that begins at full[at] and

@@ -422,6 +422,27 @@ func TestResponse(t *testing.T) {
 	}
 }
 
+func TestDropConnection(t *testing.T) {
+	for _, fields := range []string{
+		"Connection: keep-alive\r\nKeep-Alive: timeout=5\r\nContent-Length: 0\r\n",
+		"Keep-Alive: timeout=5\r\nContent-Length: 0\r\nConnection: keep-alive\r\n",
+		"Content-Length: 0\r\nConnection: close\r\nConnection: keep-alive\r\n",
+		"Content-Length: 0\r\n",
+	} {
+		const room = 64
+		full := append(make([]byte, room), "HTTP/1.1 200 OK\r\n"+fields+"\r\n"...)
+		r, err := readResponse(full[room:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.DropConnection()
+		begin := r.Compact(full, room, []byte("Connection: close\r\n"))
+		if got, want := string(full[begin:]), "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"; got != want {
+			t.Errorf("%q: %q", fields, got)
+		}
+	}
+}
+
 func TestLooksLikeHTTP1(t *testing.T) {
 	for _, c := range []struct {
 		in        string

@@ -61,6 +61,7 @@ type Session struct {
 	active    time.Time // when the last stream ended
 	pinged    time.Time // zero when no ping is out
 	draining  bool
+	retired   bool      // it drains without a time limit of ours
 	drainedAt time.Time // when the drain began
 	over      bool
 	err       error
@@ -161,14 +162,23 @@ func (m *Session) Draining() bool { return m.draining }
 // Drain lets no more streams begin and ends the session when the last one
 // has ended, or after Config.DrainTimeout.
 func (m *Session) Drain() {
-	if m.draining || m.over {
+	if m.draining && !m.retired || m.over {
 		return
 	}
-	m.draining, m.drainedAt = true, time.Now()
+	m.draining, m.retired, m.drainedAt = true, false, time.Now()
 	if m.server {
 		m.out = appendGoAway(m.out, maxWindow, CodeNone)
 	}
 	m.wakeAll()
+}
+
+// Retire lets no more streams be opened here and ends the session when the
+// last one has ended, whenever that is.
+func (m *Session) Retire() {
+	if !m.draining && !m.over {
+		m.draining, m.retired = true, true
+		m.wakeAll()
+	}
 }
 
 // wakeAll lets every task of the session see what has changed.
@@ -457,7 +467,7 @@ func (m *Session) writer(t *netloop.Task) {
 
 // drainOver ends the session when its drain is done.
 func (m *Session) drainOver() bool {
-	if !m.draining || len(m.streams) > 0 && time.Since(m.drainedAt) < m.cfg.DrainTimeout {
+	if !m.draining || len(m.streams) > 0 && m.retired || len(m.streams) > 0 && time.Since(m.drainedAt) < m.cfg.DrainTimeout {
 		return false
 	}
 	if len(m.streams) == 0 && m.server && time.Since(m.drainedAt) < min(time.Second, m.cfg.DrainTimeout) {
@@ -479,10 +489,10 @@ func (m *Session) drainOver() bool {
 // tick is how long the writer may sleep.
 func (m *Session) tick() time.Duration {
 	d := 10 * time.Second
-	if !m.cfg.NotAfter.IsZero() && !m.draining {
+	if !m.cfg.NotAfter.IsZero() && (!m.draining || m.retired) {
 		d = min(d, max(time.Until(m.cfg.NotAfter), 0))
 	}
-	if m.draining {
+	if m.draining && !m.retired {
 		d = min(d, 250*time.Millisecond)
 	}
 	return d
@@ -741,8 +751,8 @@ func (m *Session) takeGoAway(h header, p []byte) error {
 		return fault(CodeFrameSize, "a malformed GOAWAY")
 	}
 	last := binary.BigEndian.Uint32(p) & maxWindow
-	if !m.draining {
-		m.draining, m.drainedAt = true, m.heard
+	if !m.draining || m.retired {
+		m.draining, m.retired, m.drainedAt = true, false, m.heard
 	}
 	if !m.server {
 		for id, s := range m.streams {

@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"crypto/tls"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"time"
+	"unsafe"
+
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/tunnel"
+)
+
+const (
+	// headroom is what a buffer keeps free in front of a head, for the field
+	// lines that we add.
+	headroom   = 4 << 10
+	flushLimit = 256 << 10 // output of one side at which the other waits
+	spareCalls = 256       // kept by a loop
+)
+
+// call is one client's connection, or stream, to a protected address, while
+// it is judged and carried. It belongs to one loop and is used again.
+type call struct {
+	p      *Proxy
+	t      *netloop.Task
+	l      *loop
+	serial uint64 // of its use
+
+	client    netloop.Stream
+	netns     uint64 // where the application is
+	fromNetns uint64 // where the client is, on the same node
+	peer      flow.Peer
+	dst       netip.AddrPort
+	targetID  string
+
+	resolved   bool
+	generation uint64
+	src        *compile.Identity
+	target     *compile.Identity
+	api        *compile.API
+
+	req     flow.Request
+	d       flow.Decision
+	id      [pipeline.IDLength]byte
+	head    http1.Request
+	resp    http1.Response
+	buf     []byte // received from the client: buf[r:w]
+	r, w    int
+	scratch []byte
+	add     []byte // field lines that tell the application who calls
+
+	leaving  bool           // to another node, or to what no policy protects: judged as such
+	host     string         // of an opaque connection: the SNI
+	offered  *tunnel.Stream // a CONNECT that is not answered yet
+	onward   netloop.Stream // the tunnel's stream to the other node
+	upstream *netloop.Conn
+	used     bool // the upstream has answered a request
+
+	// The request body, while it goes on beside the response.
+	body    http1.Body
+	started bool // something of the request has gone to the application
+	old     bool // HTTP/1.0
+	pumping bool
+	pumpErr error
+	pumped  netloop.Event
+
+	handle uint64      // in pipeline.Live, 0 while there is none
+	reason flow.Reason // why it was ended from outside
+}
+
+// newCall takes a spare call of the loop.
+func (p *Proxy) newCall(t *netloop.Task, client netloop.Stream) *call {
+	l := p.loops.Get(t)
+	var c *call
+	if n := len(l.calls); n > 0 {
+		c = l.calls[n-1]
+		l.calls = l.calls[:n-1]
+	} else {
+		c = &call{p: p, l: l}
+	}
+	c.t, c.client = t, client
+	return c
+}
+
+// release ends the use of a call: nothing of a peer stays in it.
+func (c *call) release() {
+	if c.handle != 0 {
+		c.p.opt.Pipeline.Live().Remove(c.handle)
+	}
+	if c.upstream != nil {
+		_ = c.upstream.Close()
+	}
+	if c.onward != nil {
+		_ = c.onward.Close()
+	}
+	c.putBuffer()
+	steps := c.d.Steps[:0]
+	clear(c.d.Steps[:cap(c.d.Steps)])
+	fresh := call{p: c.p, l: c.l, serial: c.serial + 1, scratch: c.scratch[:0], add: c.add[:0]}
+	fresh.head.Fields, fresh.resp.Fields = forget(c.head.Fields), forget(c.resp.Fields)
+	*c = fresh
+	c.d.Steps = steps
+	if cap(c.scratch) > 4<<10 {
+		c.scratch = nil
+	}
+	if len(c.l.calls) < spareCalls {
+		c.l.calls = append(c.l.calls, c)
+	}
+}
+
+// forget clears what points into a buffer and keeps the storage.
+func forget(f []flow.Header) []flow.Header {
+	clear(f[:cap(f)])
+	return f[:0]
+}
+
+func (c *call) getBuffer() {
+	if c.buf == nil {
+		c.buf = c.t.Buffer()
+		c.r, c.w = headroom, headroom
+	}
+}
+
+func (c *call) putBuffer() {
+	if len(c.buf) == netloop.BufferSize {
+		c.t.Release(c.buf)
+	}
+	c.buf, c.r, c.w = nil, 0, 0
+}
+
+// room makes sure that at least one more byte can be received, unless there
+// are limit bytes already.
+func (c *call) room(limit int) {
+	if c.r == c.w {
+		c.r, c.w = headroom, headroom
+	}
+	if c.w < len(c.buf) {
+		return
+	}
+	if c.r > headroom {
+		c.w = headroom + copy(c.buf[headroom:], c.buf[c.r:c.w])
+		c.r = headroom
+		return
+	}
+	size := min(2*len(c.buf), headroom+limit+1)
+	if size <= len(c.buf) {
+		return
+	}
+	larger := make([]byte, size)
+	copy(larger, c.buf[:c.w])
+	r, w := c.r, c.w
+	c.putBuffer()
+	c.buf, c.r, c.w = larger, r, w
+}
+
+// resolve looks up who calls and what protects the destination, again after
+// the plan, the revocations or the relations changed.
+func (c *call) resolve() {
+	g := c.p.opt.Pipeline.Generation()
+	if c.resolved && g == c.generation {
+		return
+	}
+	v := c.p.view.Load()
+	c.resolved, c.generation = true, g
+	c.src = v.source(c.peer.ID)
+	c.target = v.source(c.targetID)
+	c.api = v.api(c.target, c.dst.Port())
+}
+
+func (c *call) env() pipeline.Env { return pipeline.Env{Loop: c.l.judge, Task: c.t} }
+
+// enforced says whether a refusal refuses.
+func (c *call) enforced() bool {
+	if c.leaving && c.src != nil {
+		return c.p.opt.Pipeline.Mode(nil) == flow.ModeEnforce && c.src.Mode == flow.ModeEnforce
+	}
+	return c.p.opt.Pipeline.Mode(c.api) == flow.ModeEnforce
+}
+
+// text views b as a string that is valid as long as b is.
+func text(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
+
+// begin starts the request that a decision is about.
+func (c *call) begin(protocol flow.Protocol) *flow.Request {
+	now := time.Now()
+	c.l.judge.PutID(&c.id, now)
+	c.req = flow.Request{ID: text(c.id[:]), Time: now, Peer: c.peer, Destination: c.dst, Protocol: protocol}
+	if c.peer.Channel == flow.ChannelKernel {
+		c.req.Peer.Thumbprints = c.p.opt.Leaves.Thumbprints(c.peer.ID)
+	}
+	return &c.req
+}
+
+// refuse makes a decision of what was found outside the pipeline.
+func (c *call) refuse(stage flow.Stage, reason flow.Reason, detail string) {
+	steps := append(c.d.Steps[:0], flow.Step{Stage: stage, Reason: reason, Detail: detail})
+	c.d = flow.Decision{Effect: flow.EffectDeny, Enforced: c.enforced(), Stage: stage, Reason: reason, Detail: detail, Steps: steps}
+	c.d.Subjects[0] = c.peer.ID
+	if c.api != nil {
+		c.d.Policy, c.d.Position = c.api.Name, c.api.Position.FileLine()
+	}
+}
+
+// record notes the decision, once.
+func (c *call) record(in, out int64) {
+	c.l.judge.Record(&c.req, c.api, &c.d, pipeline.Outcome{Destination: c.target, Took: time.Since(c.req.Time), BytesIn: in, BytesOut: out})
+}
+
+// connect has the agent dial the application for this client, unless it is
+// connected already.
+func (c *call) connect() error {
+	if c.upstream != nil {
+		if !c.upstream.Gone() {
+			return nil
+		}
+		// The application ended it while it was idle; nothing was asked yet.
+		_ = c.upstream.Close()
+		c.upstream, c.used = nil, false
+	}
+	v := c.p.view.Load()
+	conn, err := c.p.dial(c.t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
+		Source: c.peer.Number, Target: v.numbers[c.targetID]})
+	if err != nil {
+		return err
+	}
+	c.upstream = conn
+	return nil
+}
+
+// watch registers the call, so that it ends when what allowed it ends. It
+// returns false where that has happened meanwhile.
+func (c *call) watch(opaque bool) bool {
+	engine, loop, serial := c.t.Engine(), c.t.Loop(), c.serial
+	s := pipeline.Stream{Subjects: c.d.Subjects, Serial: c.peer.Serial, Issued: c.req.Time}
+	s.Subjects[0] = c.peer.ID
+	s.Until = c.d.Until
+	if !c.enforced() {
+		s.Until = time.Time{}
+	}
+	s.Kill = func(reason flow.Reason) {
+		engine.Post(loop, func(*netloop.Task) {
+			if c.serial == serial {
+				c.end(reason)
+			}
+		})
+	}
+	if opaque {
+		s.Recheck = func() {
+			engine.Post(loop, func(t *netloop.Task) {
+				if c.serial == serial {
+					c.recheck(t, serial)
+				}
+			})
+		}
+	}
+	live := c.p.opt.Pipeline.Live()
+	if c.handle != 0 {
+		live.Remove(c.handle)
+	}
+	c.handle = live.Add(s)
+	if c.p.opt.Pipeline.Generation() == c.generation {
+		return true
+	}
+	if !opaque {
+		return true // the next request is judged anew
+	}
+	c.recheck(c.t, c.serial)
+	return c.reason == flow.ReasonOK
+}
+
+// recheck judges an opaque call again.
+func (c *call) recheck(t *netloop.Task, serial uint64) {
+	c.resolve()
+	now := time.Now()
+	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.req.Peer, Destination: c.dst, Protocol: c.req.Protocol, Host: c.host}
+	var d flow.Decision
+	env := pipeline.Env{Loop: c.l.judge, Task: t}
+	if c.leaving {
+		c.p.opt.Pipeline.DecideOutbound(env, &req, c.src, c.target, &d)
+	} else {
+		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, &d)
+	}
+	if c.serial == serial && d.Refused() {
+		reason := flow.ReasonPolicyChanged
+		if d.Reason == flow.ReasonIdentityRevoked || d.Reason == flow.ReasonCertificateRevoked {
+			reason = flow.ReasonRevoked
+		}
+		c.end(reason)
+	}
+}
+
+// end cuts the call; its tasks get errors from what they wait for.
+func (c *call) end(reason flow.Reason) {
+	if c.reason != flow.ReasonOK || !c.enforced() {
+		return
+	}
+	c.reason = reason
+	c.p.counts.killed.Add(1)
+	// A decision of the call's own may be under way in c.req and c.d.
+	now := time.Now()
+	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.peer, Destination: c.dst, Protocol: c.req.Protocol}
+	d := flow.Decision{Effect: flow.EffectTerminate, Enforced: true, Stage: flow.StagePolicy, Reason: reason, Detail: "a live connection was ended"}
+	if c.api != nil {
+		d.Policy, d.Position = c.api.Name, c.api.Position.FileLine()
+	}
+	c.l.judge.Record(&req, c.api, &d, pipeline.Outcome{Destination: c.target})
+	abort(c.client)
+	if c.upstream != nil {
+		c.upstream.Abort()
+	}
+	if c.onward != nil {
+		abort(c.onward)
+	}
+}
+
+// abort resets a connection of whatever kind.
+func abort(s netloop.Stream) {
+	switch v := s.(type) {
+	case *tunnel.Stream:
+		v.Abort()
+	case *netloop.Conn:
+		v.Abort()
+	case *peeked:
+		abort(v.Stream)
+	case *guarded:
+		abort(v.Stream)
+	case *tls.Conn:
+		if inner, ok := v.NetConn().(netloop.Stream); ok {
+			abort(inner)
+		}
+	}
+}
+
+// ending says that the connection should end after the current response.
+func (c *call) ending() bool {
+	if c.t.Engine().Draining() {
+		return true
+	}
+	if s, ok := c.client.(*tunnel.Stream); ok && s.Draining() {
+		return true
+	}
+	return !c.peer.NotAfter.IsZero() && time.Now().After(c.lastCall())
+}
+
+// lastCall is when a connection stops taking requests because the peer's
+// certificate is about to end.
+func (c *call) lastCall() time.Time { return c.peer.NotAfter.Add(-lastCallMargin) }
+
+const lastCallMargin = 500 * time.Millisecond
+
+// deny answers the request with the decision, as a problem document, and
+// says whether the connection can go on.
+func (c *call) deny(whole bool) bool {
+	keep := whole && !c.head.Close && !c.ending()
+	b := appendDenial(c.scratch[:0], &c.d, text(c.id[:]), c.req.Method == "HEAD", keep)
+	c.scratch = b
+	if _, err := c.client.Write(b); err != nil {
+		return false
+	}
+	if netloop.Flushed(c.client, flushLimit) != nil {
+		return false
+	}
+	if !keep {
+		c.linger()
+	}
+	return keep
+}
+
+// linger ends the sending side and reads on for a moment: closing at once,
+// with bytes unread, would reset the connection and take the answer away.
+func (c *call) linger() {
+	const most = 256 << 10
+	if c.client.CloseWrite() != nil {
+		return
+	}
+	_ = c.client.SetReadDeadline(time.Now().Add(time.Second))
+	c.getBuffer()
+	for read := 0; read < most; {
+		n, err := c.client.Read(c.buf)
+		if err != nil {
+			return
+		}
+		read += n
+	}
+}
+
+// appendDenial appends the answer to a refused request: RFC 9457, with the
+// challenge of RFC 6750 and RFC 9470 where a token would mend it. It says
+// nothing about policies.
+func appendDenial(b []byte, d *flow.Decision, id string, head, keep bool) []byte {
+	status := d.Reason.Status()
+	title := http.StatusText(status)
+	b = append(b, "HTTP/1.1 "...)
+	b = strconv.AppendInt(b, int64(status), 10)
+	b = append(append(append(b, ' '), title...), "\r\nContent-Type: application/problem+json\r\nCache-Control: no-store\r\nX-Sallyport-Request-Id: "...)
+	b = append(append(b, id...), "\r\n"...)
+	if challenge := challengeOf(d.Reason, status); challenge != "" {
+		b = append(append(append(b, "WWW-Authenticate: Bearer"...), challenge...), "\r\n"...)
+	}
+	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
+		b = append(b, "Retry-After: 1\r\n"...)
+	}
+	if !keep {
+		b = append(b, "Connection: close\r\n"...)
+	}
+	var number [3]byte
+	n := strconv.AppendInt(number[:0], int64(status), 10)
+	parts := [...]string{`{"type":"https://sallyport.dev/reasons#`, string(d.Reason), `","title":"`, title, `","status":`, text(n),
+		`,"detail":"`, d.Reason.Public(), `","instance":"urn:sallyport:request:`, id, `","reason":"`, string(d.Reason), `","requestID":"`, id, "\"}\n"}
+	length := 0
+	for _, p := range parts {
+		length += len(p)
+	}
+	b = append(b, "Content-Length: "...)
+	b = append(strconv.AppendInt(b, int64(length), 10), "\r\n\r\n"...)
+	if head {
+		return b
+	}
+	for _, p := range parts {
+		b = append(b, p...)
+	}
+	return b
+}
+
+// challengeOf returns the parameters of a WWW-Authenticate: Bearer field, ""
+// for none.
+func challengeOf(reason flow.Reason, status int) string {
+	switch {
+	case reason == flow.ReasonTokenScope:
+		return ` error="insufficient_scope"`
+	case status != http.StatusUnauthorized:
+		return ""
+	case reason == flow.ReasonTokenMissing:
+		return ` realm="sallyport"`
+	case reason == flow.ReasonStepUp:
+		return ` error="insufficient_user_authentication"`
+	}
+	return ` error="invalid_token"`
+}

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
+)
+
+// peeked is a connection of which some bytes were read ahead.
+type peeked struct {
+	netloop.Stream
+	ahead []byte
+}
+
+// Read gives out what was read ahead first.
+func (p *peeked) Read(b []byte) (int, error) {
+	if len(p.ahead) > 0 {
+		n := copy(b, p.ahead)
+		p.ahead = p.ahead[n:]
+		return n, nil
+	}
+	return p.Stream.Read(b)
+}
+
+// NetConn is the connection beneath, for netloop.Flushed.
+func (p *peeked) NetConn() net.Conn { return p.Stream }
+
+// guarded is a connection whose first bytes must be no ClientHello.
+type guarded struct {
+	netloop.Stream
+	looked bool
+	hello  bool
+}
+
+var errHello = errors.New("a ClientHello where the application speaks no TLS")
+
+// Read looks at the first bytes.
+func (g *guarded) Read(b []byte) (int, error) {
+	n, err := g.Stream.Read(b)
+	if !g.looked && n > 0 {
+		g.looked = true
+		if g.hello = looksLikeTLS(b[:n]); g.hello {
+			return 0, errHello
+		}
+	}
+	return n, err
+}
+
+// NetConn is the connection beneath, for netloop.Flushed.
+func (g *guarded) NetConn() net.Conn { return g.Stream }
+
+// AwaitRead is that of the connection beneath.
+func (g *guarded) AwaitRead() error {
+	if s, ok := g.Stream.(interface{ AwaitRead() error }); ok {
+		return s.AwaitRead()
+	}
+	return nil
+}
+
+// looksLikeTLS says whether b begins a TLS handshake record (RFC 8446, 5.1).
+func looksLikeTLS(b []byte) bool {
+	return len(b) >= 3 && b[0] == 0x16 && b[1] == 3 && b[2] <= 4
+}
+
+// spoken is what the first bytes of a connection tell.
+type spoken uint8
+
+const (
+	spokenNothing spoken = iota // none came in time
+	spokenHTTP
+	spokenTLS
+	spokenOther
+	spokenEnd // the client ended it without a word
+)
+
+// detect looks at the first bytes, for at most limit.
+func (c *call) detect(limit time.Duration) spoken {
+	_ = c.client.SetReadDeadline(time.Now().Add(limit))
+	c.getBuffer()
+	for {
+		if b := c.buf[c.r:c.w]; len(b) > 0 {
+			if looksLikeTLS(b) {
+				return spokenTLS
+			}
+			yes, more := http1.LooksLikeHTTP1(b)
+			if yes {
+				return spokenHTTP
+			}
+			if !more && (len(b) >= 3 || b[0] != 0x16) {
+				return spokenOther
+			}
+		}
+		c.room(http1.MaxHead)
+		n, err := c.client.Read(c.buf[c.w:])
+		c.w += n
+		switch {
+		case n > 0 || err == nil:
+		case errors.Is(err, os.ErrDeadlineExceeded) && c.w == c.r:
+			return spokenNothing
+		case errors.Is(err, os.ErrDeadlineExceeded) || err == io.EOF && c.w > c.r:
+			return spokenOther
+		default:
+			return spokenEnd
+		}
+	}
+}
+
+// serve judges and carries the call by what its policy says is spoken.
+func (c *call) serve() {
+	c.resolve()
+	if c.api == nil {
+		c.serveOpaque(flow.ProtocolTCP)
+		return
+	}
+	switch c.api.Protocol {
+	case compile.ProtocolHTTP:
+		if c.accept() != nil {
+			return
+		}
+		c.serveDetected(c.detect(c.p.opt.IdleTimeout))
+	case compile.ProtocolAuto:
+		if c.accept() != nil {
+			return
+		}
+		c.serveDetected(c.detect(c.p.opt.Detect))
+	case compile.ProtocolTLS:
+		c.servePassthrough()
+	default:
+		c.serveOpaque(flow.ProtocolTCP)
+	}
+}
+
+func (c *call) serveDetected(s spoken) {
+	strict := c.api.Protocol == compile.ProtocolHTTP
+	switch {
+	case s == spokenEnd || strict && s == spokenNothing:
+	case s == spokenTLS:
+		c.cutOff(flow.ReasonTLSInApp, errHello.Error())
+	case s == spokenHTTP:
+		c.serveHTTP()
+	case strict:
+		c.unreadable(&http1.Error{Reason: flow.ReasonNotHTTP, Text: "what came first is no request"})
+	default:
+		c.serveOpaque(flow.ProtocolTCP)
+	}
+}
+
+// accept answers a CONNECT that was not answered yet.
+func (c *call) accept() error {
+	s := c.offered
+	c.offered = nil
+	if s == nil {
+		return nil
+	}
+	return s.Accept()
+}
+
+// reject ends an opaque connection that was refused.
+func (c *call) reject() {
+	if s := c.offered; s != nil {
+		c.offered = nil
+		c.p.counts.refused.Add(1)
+		_ = s.Refuse(c.d.Reason.Status(), string(c.d.Reason))
+		return
+	}
+	abort(c.client)
+}
+
+// cutOff refuses a connection for what was seen on it, or passes it on where
+// the policy only observes.
+func (c *call) cutOff(reason flow.Reason, detail string) {
+	c.begin(flow.ProtocolTCP)
+	c.refuse(flow.StageChannel, reason, detail)
+	c.record(0, 0)
+	if c.d.Refused() {
+		c.reject()
+		return
+	}
+	c.passOn()
+}
+
+// servePassthrough judges TLS of the application by identity and SNI.
+func (c *call) servePassthrough() {
+	if c.accept() != nil {
+		return
+	}
+	s := c.detect(c.p.opt.HeadTimeout)
+	if s == spokenEnd {
+		return
+	}
+	if s != spokenTLS {
+		c.cutOff(flow.ReasonTLSHandshake, "no ClientHello on a port of TLS")
+		return
+	}
+	for {
+		name, more, ok := serverName(c.buf[c.r:c.w])
+		if ok {
+			c.host = name
+			c.serveOpaque(flow.ProtocolTLS)
+			return
+		}
+		if !more || c.w-c.r > maxHello {
+			c.cutOff(flow.ReasonTLSHandshake, "a ClientHello that cannot be read")
+			return
+		}
+		c.room(maxHello + 1)
+		n, err := c.client.Read(c.buf[c.w:])
+		c.w += n
+		if n == 0 && err != nil {
+			return
+		}
+	}
+}
+
+// serveOpaque judges the connection as a whole and copies it.
+func (c *call) serveOpaque(protocol flow.Protocol) {
+	c.p.counts.opaque.Add(1)
+	req := c.begin(protocol)
+	req.Host = c.host
+	c.p.opt.Pipeline.Decide(c.env(), req, c.src, c.api, &c.d)
+	c.record(0, 0)
+	if c.d.Refused() {
+		c.reject()
+		return
+	}
+	if c.d.DirectOK {
+		c.direct()
+	}
+	if c.connectOpaque() != nil || !c.watch(true) {
+		return
+	}
+	if c.api != nil && c.api.Protocol == compile.ProtocolTCP && c.api.AppTLS == compile.AppTLSNone {
+		g := &guarded{Stream: c.client}
+		c.client = g
+		defer func() {
+			if g.hello {
+				c.refuse(flow.StageChannel, flow.ReasonTLSInApp, errHello.Error())
+				c.record(0, 0)
+			}
+		}()
+		g.looked = !c.enforced()
+	}
+	c.passOn()
+}
+
+// connectOpaque connects to the application and answers a CONNECT by what
+// came of it.
+func (c *call) connectOpaque() error {
+	err := c.connect()
+	if err != nil {
+		r := reasonOf(err, flow.ReasonUpstream)
+		c.refuse(r.stage, r.reason, r.detail)
+		c.d.Enforced = true
+		c.record(0, 0)
+		c.reject()
+		return err
+	}
+	return c.accept()
+}
+
+type verdictKey struct {
+	source flow.IdentityNumber
+	netns  uint64
+	dst    netip.AddrPort
+}
+
+const (
+	verdictPause = time.Second // between two wishes for the same verdict
+	keptVerdicts = 4096
+)
+
+// direct asks for the verdict that later connections of this kind need no
+// proxy.
+func (c *call) direct() {
+	if c.peer.Channel != flow.ChannelKernel || c.peer.Number == 0 || c.fromNetns == 0 {
+		return
+	}
+	now := time.Now()
+	ttl := c.p.opt.VerdictTTL
+	if !c.d.Until.IsZero() {
+		ttl = min(ttl, c.d.Until.Sub(now))
+	}
+	key := verdictKey{c.peer.Number, c.fromNetns, c.dst}
+	if ttl <= 0 || now.Sub(c.l.verdicts[key]) < verdictPause {
+		return
+	}
+	if len(c.l.verdicts) >= keptVerdicts {
+		clear(c.l.verdicts)
+	}
+	c.l.verdicts[key] = now
+	c.p.counts.verdicts.Add(1)
+	c.p.opt.Agent.PutVerdict(flow.Verdict{Source: c.peer.Number, SourceNetns: c.fromNetns, Destination: c.dst,
+		DestinationNetns: c.netns, Action: flow.ActionDirect, Expires: ttl}, c.p.view.Load().generation)
+}

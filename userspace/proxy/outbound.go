@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"errors"
+	"strconv"
+
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/tunnel"
+)
+
+// outbound serves a connection that the kernel rewrote to the listener in
+// the caller's namespace: it knows who calls, and where to.
+func (p *Proxy) outbound(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
+	c := p.newCall(t, conn)
+	defer c.release()
+	c.fromNetns = ns.cookie
+	f, ok := p.opt.Flows.Lookup(ns.cookie, conn.RemoteAddrPort(), conn.LocalAddrPort())
+	if !ok {
+		p.counts.noFlow.Add(1)
+		c.peer = flow.Peer{Address: conn.RemoteAddrPort(), Channel: flow.ChannelKernel}
+		c.begin(flow.ProtocolTCP)
+		c.refuse(flow.StageKernel, flow.ReasonNoFlow, "the kernel did not send this connection")
+		c.d.Enforced = true
+		c.record(0, 0)
+		conn.Abort()
+		return
+	}
+	n := p.take(f.Identity)
+	if n == nil {
+		conn.Abort()
+		return
+	}
+	defer n.Add(-1)
+	v := p.view.Load()
+	c.dst = f.Destination
+	c.peer = flow.Peer{ID: v.ids[f.Identity], Number: f.Identity, Address: f.Source, Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
+	c.identify()
+	c.leave(v)
+}
+
+// leave judges what can be judged here and takes the way to the
+// destination.
+func (c *call) leave(v *view) {
+	target := v.claimed(c.dst)
+	if target == nil {
+		c.plain()
+		return
+	}
+	c.leaving, c.targetID = true, target.ID
+	c.resolve()
+	req := c.begin(flow.ProtocolTCP)
+	c.p.opt.Pipeline.DecideOutbound(c.env(), req, c.src, c.target, &c.d)
+	if c.d.Effect != flow.EffectAllow {
+		c.record(0, 0)
+	}
+	if c.d.Refused() {
+		c.refuseEarly()
+		return
+	}
+	home, known := v.home(c.fromNetns, c.dst.Addr())
+	switch {
+	case !known:
+		c.remote()
+	case home == 0:
+		c.fail(&refusal{flow.StageUpstream, flow.ReasonUpstreamGone, "several namespaces of this node have the address"})
+	case v.api(target, c.dst.Port()) == nil:
+		c.netns = home
+		c.unprotected()
+	default:
+		c.netns, c.leaving = home, false
+		c.serve()
+	}
+}
+
+// fail ends a call that cannot go on for a reason outside the pipeline.
+func (c *call) fail(r *refusal) {
+	c.refuse(r.stage, r.reason, r.detail)
+	c.d.Enforced = true
+	c.record(0, 0)
+	c.refuseEarly()
+}
+
+// refuseEarly refuses a connection before anything was read of it: a client
+// that speaks HTTP is told why, others are reset.
+func (c *call) refuseEarly() {
+	if c.detect(c.p.opt.Detect) != spokenHTTP {
+		abort(c.client)
+		return
+	}
+	var scan http1.Scan
+	if n, err := scan.End(c.buf[c.r:c.w]); err == nil && n > 0 && c.head.Parse(c.buf[c.r:c.r+n]) == nil {
+		c.req.Method = methodOf(c.head.Method)
+	}
+	c.deny(false)
+}
+
+// plain carries a connection to an address that nobody claims any more; the
+// agent says whether it may.
+func (c *call) plain() {
+	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number})
+	if err != nil {
+		c.begin(flow.ProtocolTCP)
+		c.fail(reasonOf(err, flow.ReasonEgress))
+		return
+	}
+	c.upstream = conn
+	c.relay(conn)
+}
+
+// unprotected carries a connection to a local identity's port that no policy
+// protects.
+func (c *call) unprotected() {
+	if err := c.connect(); err != nil {
+		c.fail(reasonOf(err, flow.ReasonUpstream))
+		return
+	}
+	if c.watch(true) {
+		c.record(0, 0)
+		c.relay(c.upstream)
+	}
+}
+
+// remote carries a connection through a tunnel to the node that has the
+// destination; it is judged there.
+func (c *call) remote() {
+	s, err := c.p.open(c)
+	if err != nil {
+		var refused *tunnel.RefusedError
+		r := reasonOf(err, flow.ReasonTunnel)
+		if errors.As(err, &refused) {
+			r = &refusal{flow.StageUpstream, flow.ReasonTunnelRefused,
+				"the other node refused with status " + strconv.Itoa(refused.Status) + " " + refused.Reason}
+		}
+		c.fail(r)
+		return
+	}
+	c.onward = s
+	s.Local, s.Remote = c.peer.Address, c.dst
+	if !c.watch(true) {
+		return
+	}
+	c.p.counts.streams.Add(1)
+	c.relay(s)
+	c.p.counts.streams.Add(-1)
+}
