@@ -42,6 +42,35 @@ log: {level: debug, format: text}
 userspace: {user: "1234", loops: 3, goroutines: true}
 `
 
+// documented is the file as the documentation shows it, every line with its
+// default.
+const documented = `
+trustDomain: sallyport.local
+node: host-1                        # default: the host's name
+policyDir: /etc/sallyport/policies
+stateDir: /var/lib/sallyport
+pinDir: /sys/fs/bpf/sallyport
+controlSocket: /run/sallyport/control.sock
+listen: {metrics: "127.0.0.1:15020", outbound: 15001, inbound: 15006, tunnel: 15008}
+kernel: {cgroupRoot: "", interfaces: [auto]}
+identity: {source: embedded, tpm: auto, authority: {address: "", token: ""}, bundles: []}
+relation: {engine: embedded, address: ""}
+modeCeiling: enforce
+log: {level: info, format: json}
+`
+
+func TestDocumentedFileIsTheDefaults(t *testing.T) {
+	c, problems := parse(t, Sources{File: "agent.yaml", Content: []byte(documented)})
+	if problems != "" {
+		t.Fatal(problems)
+	}
+	want, _ := parse(t, Sources{})
+	c.Identity.Bundles = want.Identity.Bundles // empty either way
+	if !reflect.DeepEqual(c, want) {
+		t.Errorf("got  %+v\nwant %+v", c, want)
+	}
+}
+
 func parse(t *testing.T, s Sources) (*Config, string) {
 	t.Helper()
 	if s.Hostname == "" {

@@ -133,10 +133,9 @@ func walkSockets(f func(pid, fd int, inode uint64) (more bool, err error)) error
 	if err != nil {
 		return fmt.Errorf("list processes: %w", err)
 	}
-	self := os.Getpid()
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
-		if err != nil || pid == self {
+		if err != nil {
 			continue
 		}
 		dir := filepath.Join("/proc", p.Name(), "fd")

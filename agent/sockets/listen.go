@@ -6,8 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/userspace/confine"
 )
 
 // Kind is what a listener is for. The values are those of the line's
@@ -69,9 +73,29 @@ func (e *Conflict) Error() string {
 		e.Address.Port(), by, e.Address, e.Netns)
 }
 
+// ending is how long a port may still be held by a proxy process of ours that
+// was killed with its agent.
+const ending = 2 * time.Second
+
 // Listen makes the listeners of the namespace, in IPv4 and, where the
-// namespace has it, IPv6: all of them or none.
-func (n *Netns) Listen(p Ports, backlog int) (listeners []Listener, err error) {
+// namespace has it, IPv6: all of them or none. A port that another holds is a
+// *Conflict.
+func (n *Netns) Listen(p Ports, backlog int) ([]Listener, error) {
+	for until := time.Now().Add(ending); ; time.Sleep(20 * time.Millisecond) {
+		ls, err := n.listen(p, backlog)
+		c, ok := errors.AsType[*Conflict](err)
+		if !ok {
+			return ls, err
+		}
+		c.Holder = n.holder(c.Address)
+		ours := c.Holder == "" || strings.HasPrefix(c.Holder, confine.Name+" ")
+		if !ours || time.Now().After(until) {
+			return nil, err
+		}
+	}
+}
+
+func (n *Netns) listen(p Ports, backlog int) (listeners []Listener, err error) {
 	defer func() {
 		if err != nil {
 			CloseListeners(listeners)
@@ -105,9 +129,6 @@ func (n *Netns) Listen(p Ports, backlog int) (listeners []Listener, err error) {
 		}
 		return nil
 	})
-	if c, ok := errors.AsType[*Conflict](err); ok {
-		c.Holder = n.holder(c.Address)
-	}
 	return listeners, err
 }
 

@@ -225,12 +225,53 @@ func TestListen(t *testing.T) {
 	// The second agent, or the other mesh, is told of the first.
 	before := descriptors(t)
 	_, err = ns.Listen(testPorts, 1)
-	if c, ok := errors.AsType[*Conflict](err); !ok || c.Address.Port() != 15001 {
+	if c, ok := errors.AsType[*Conflict](err); !ok || c.Address.Port() != 15001 || !strings.Contains(c.Holder, fmt.Sprintf("pid %d,", os.Getpid())) {
 		t.Fatalf("a second set: %v", err)
 	}
 	if after := descriptors(t); after != before {
 		t.Errorf("descriptors: %d, before %d", after, before)
 	}
+}
+
+// TestListenWaitsForWhatIsEnding: a socket that no process holds any more is
+// not a conflict yet.
+func TestListenWaitsForWhatIsEnding(t *testing.T) {
+	n := testenv.NewNetns(t)
+	ns := open(t, n)
+	a := testenv.NewActor(t, nil, n)
+	s, err := a.Socket(unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_TCP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(s.Bind(ap("127.0.0.1:15001")), s.Listen()); err != nil {
+		t.Fatal(err)
+	}
+	// Held in flight, on a socket nobody reads, it belongs to no process.
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := s.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Sendmsg(pair[0], []byte("x"), unix.UnixRights(int(f.Fd())), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		time.Sleep(50 * time.Millisecond)
+		unix.Close(pair[0])
+		unix.Close(pair[1])
+	}()
+	ls, err := ns.Listen(testPorts, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	CloseListeners(ls)
 }
 
 func TestListenBeforeLoopbackIsUp(t *testing.T) {

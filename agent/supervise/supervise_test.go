@@ -298,6 +298,9 @@ func TestUserspaceHasNoPrivilege(t *testing.T) {
 				if s.Seccomp != "2" {
 					t.Errorf("seccomp %s", s.Seccomp)
 				}
+				if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", p.PID)); err != nil || string(name) != confine.Name+"\n" {
+					t.Errorf("it is called %s, %v", name, err)
+				}
 			}
 			for what, errno := range want {
 				if got := r.Tried[what]; got != errno && !(what == "io_uring" && !confined) && !(what == "bpf map look-up" && got == "EINVAL") {
@@ -522,7 +525,15 @@ func TestLookupUser(t *testing.T) {
 
 func TestPrepareDir(t *testing.T) {
 	testenv.RequireRoot(t)
-	dir := filepath.Join(t.TempDir(), "a", "userspace")
+	top, err := os.MkdirTemp("", "state")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(top)
+	if err := os.Chmod(top, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(top, "a", "userspace")
 	for range 2 {
 		if err := testUser.PrepareDir(dir); err != nil {
 			t.Fatal(err)
@@ -532,7 +543,17 @@ func TestPrepareDir(t *testing.T) {
 	if err != nil || st.Mode().Perm() != 0o700 || st.Sys().(*syscall.Stat_t).Uid != testUser.UID {
 		t.Errorf("%v %v", st.Mode(), err)
 	}
-	link := filepath.Join(t.TempDir(), "link")
+	if st, err := os.Stat(filepath.Dir(dir)); err != nil || st.Mode().Perm() != 0o711 {
+		t.Errorf("parent %v %v", st.Mode(), err)
+	}
+	closed := filepath.Join(top, "closed")
+	if err := os.Mkdir(closed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := testUser.PrepareDir(filepath.Join(closed, "state", "userspace")); err == nil || !strings.Contains(err.Error(), closed+" is closed") {
+		t.Errorf("beneath a closed directory: %v", err)
+	}
+	link := filepath.Join(top, "link")
 	if err := os.Symlink("/etc", link); err != nil {
 		t.Fatal(err)
 	}

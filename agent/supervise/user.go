@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -85,9 +86,24 @@ func find(passwd string, match func(name string, uid uint32) bool) (User, bool, 
 }
 
 // PrepareDir makes dir, the one folder that the user may write, closed to
-// everybody else.
+// everybody else. Its parent, which is the agent's, is opened for passing
+// through (mode 0711): what the agent keeps there must each be closed itself.
 func (u User) PrepareDir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	parent := filepath.Dir(dir)
+	if err := os.MkdirAll(parent, 0o711); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	if st, err := os.Stat(parent); err == nil && st.Mode().Perm()&0o001 == 0 {
+		if err := os.Chmod(parent, st.Mode().Perm()|0o011); err != nil {
+			return fmt.Errorf("open state directory for passing through: %w", err)
+		}
+	}
+	for d := filepath.Dir(parent); d != "/"; d = filepath.Dir(d) {
+		if st, err := os.Stat(d); err == nil && st.Mode().Perm()&0o001 == 0 {
+			return fmt.Errorf("make state directory of userspace %s: %s is closed to user %s; set stateDir to another place", dir, d, u.Name)
+		}
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make state directory of userspace: %w", err)
 	}
 	d, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)

@@ -15,6 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Name is what a confined process is called, in at most 15 bytes.
+const Name = "sallyport-user"
+
 // Status is what /proc/PID/status says about a process's privilege.
 type Status struct {
 	UID        string // real, effective, saved, file system
@@ -86,6 +89,11 @@ func Self() error {
 	}
 	if err := s.Unprivileged(); err != nil {
 		return fmt.Errorf("confine this process: %w; it is started by `sallyport agent`, never by hand", err)
+	}
+	// Started through /proc/self/exe it would be called "exe" by ps and by
+	// whoever finds a port taken.
+	if err := os.WriteFile("/proc/self/comm", []byte(Name), 0); err != nil {
+		return fmt.Errorf("name this process: %w", err)
 	}
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("forbid core dumps: %w", err)

@@ -275,6 +275,17 @@ func TestSealed(t *testing.T) {
 	}
 }
 
+func TestLargestDatagram(t *testing.T) {
+	agent, user := pair(t)
+	n := MaxMessage - 32
+	if err := agent.Send(status(n)); err != nil {
+		t.Fatal(err)
+	}
+	if m, _, err := user.Recv(); err != nil || len(m.GetStatusReply().GetJson()) != n {
+		t.Fatalf("got %d bytes, %v", len(m.GetStatusReply().GetJson()), err)
+	}
+}
+
 func TestLargeMessageIsSealed(t *testing.T) {
 	before := descriptorsOpen(t)
 	agent, user := pair(t)

@@ -34,14 +34,29 @@ func Pair() (agent, userspace *os.File, err error) {
 		return nil, nil, fmt.Errorf("make line: %w", err)
 	}
 	for _, fd := range fds {
-		// A datagram must fit into the send buffer; the kernel doubles the
-		// value and keeps some of it for itself.
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, MaxMessage); err != nil {
+		if err := setSendBuffer(fd); err != nil {
 			closeAll(fds[:])
-			return nil, nil, fmt.Errorf("set send buffer of line: %w", err)
+			return nil, nil, err
 		}
 	}
 	return os.NewFile(uintptr(fds[0]), "line:agent"), os.NewFile(uintptr(fds[1]), "line:userspace"), nil
+}
+
+// setSendBuffer makes room for the largest datagram, which must fit whole. The
+// kernel doubles the value, keeps some of it for itself, and, without
+// CAP_NET_ADMIN, caps it at net.core.wmem_max.
+func setSendBuffer(fd int) error {
+	err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, MaxMessage)
+	if err == unix.EPERM {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, MaxMessage)
+	}
+	if err != nil {
+		return fmt.Errorf("set send buffer of line: %w", err)
+	}
+	if got, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF); err != nil || got < MaxMessage+4096 {
+		return fmt.Errorf("set send buffer of line: it is %d bytes (%v); raise net.core.wmem_max to %d", got, err, MaxMessage)
+	}
+	return nil
 }
 
 // NewSocket takes over f, one end of a line, and closes it on error. Only

@@ -166,6 +166,7 @@ type Message struct {
 	//	*Message_Verdict
 	//	*Message_Decisions
 	//	*Message_RefreshKeys
+	//	*Message_Revoke
 	//	*Message_PoliciesReply
 	//	*Message_RelationReply
 	//	*Message_StatusReply
@@ -430,6 +431,15 @@ func (x *Message) GetRefreshKeys() *RefreshKeys {
 	return nil
 }
 
+func (x *Message) GetRevoke() *Revoke {
+	if x != nil {
+		if x, ok := x.Body.(*Message_Revoke); ok {
+			return x.Revoke
+		}
+	}
+	return nil
+}
+
 func (x *Message) GetPoliciesReply() *PoliciesReply {
 	if x != nil {
 		if x, ok := x.Body.(*Message_PoliciesReply); ok {
@@ -579,6 +589,10 @@ type Message_RefreshKeys struct {
 	RefreshKeys *RefreshKeys `protobuf:"bytes,45,opt,name=refresh_keys,json=refreshKeys,proto3,oneof"`
 }
 
+type Message_Revoke struct {
+	Revoke *Revoke `protobuf:"bytes,46,opt,name=revoke,proto3,oneof"`
+}
+
 type Message_PoliciesReply struct {
 	// replies
 	PoliciesReply *PoliciesReply `protobuf:"bytes,60,opt,name=policies_reply,json=policiesReply,proto3,oneof"`
@@ -647,6 +661,8 @@ func (*Message_Verdict) isMessage_Body() {}
 func (*Message_Decisions) isMessage_Body() {}
 
 func (*Message_RefreshKeys) isMessage_Body() {}
+
+func (*Message_Revoke) isMessage_Body() {}
 
 func (*Message_PoliciesReply) isMessage_Body() {}
 
@@ -2617,11 +2633,81 @@ func (x *RefreshKeys) GetIssuer() string {
 	return ""
 }
 
+// Revoke asks the agent to keep a revocation that an anomaly threshold made.
+// The agent bounds how many it takes.
+type Revoke struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Value         string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	UntilUnixNs   int64                  `protobuf:"varint,3,opt,name=until_unix_ns,json=untilUnixNs,proto3" json:"until_unix_ns,omitempty"`
+	Why           string                 `protobuf:"bytes,4,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revoke) Reset() {
+	*x = Revoke{}
+	mi := &file_linepb_line_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revoke) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revoke) ProtoMessage() {}
+
+func (x *Revoke) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
+func (*Revoke) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Revoke) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Revoke) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *Revoke) GetUntilUnixNs() int64 {
+	if x != nil {
+		return x.UntilUnixNs
+	}
+	return 0
+}
+
+func (x *Revoke) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
 var File_linepb_line_proto protoreflect.FileDescriptor
 
 const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
-	"\x11linepb/line.proto\x12\x0esallyport.line\"\xa4\r\n" +
+	"\x11linepb/line.proto\x12\x0esallyport.line\"\xd6\r\n" +
 	"\aMessage\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x14\n" +
@@ -2650,7 +2736,8 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\x04sign\x18* \x01(\v2\x14.sallyport.line.SignH\x00R\x04sign\x123\n" +
 	"\averdict\x18+ \x01(\v2\x17.sallyport.line.VerdictH\x00R\averdict\x129\n" +
 	"\tdecisions\x18, \x01(\v2\x19.sallyport.line.DecisionsH\x00R\tdecisions\x12@\n" +
-	"\frefresh_keys\x18- \x01(\v2\x1b.sallyport.line.RefreshKeysH\x00R\vrefreshKeys\x12F\n" +
+	"\frefresh_keys\x18- \x01(\v2\x1b.sallyport.line.RefreshKeysH\x00R\vrefreshKeys\x120\n" +
+	"\x06revoke\x18. \x01(\v2\x16.sallyport.line.RevokeH\x00R\x06revoke\x12F\n" +
 	"\x0epolicies_reply\x18< \x01(\v2\x1d.sallyport.line.PoliciesReplyH\x00R\rpoliciesReply\x12F\n" +
 	"\x0erelation_reply\x18= \x01(\v2\x1d.sallyport.line.RelationReplyH\x00R\rrelationReply\x12@\n" +
 	"\fstatus_reply\x18> \x01(\v2\x1b.sallyport.line.StatusReplyH\x00R\vstatusReply\x12:\n" +
@@ -2797,7 +2884,12 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\arecords\x18\x01 \x03(\fR\arecords\x12\x12\n" +
 	"\x04lost\x18\x02 \x01(\x04R\x04lost\"%\n" +
 	"\vRefreshKeys\x12\x16\n" +
-	"\x06issuer\x18\x01 \x01(\tR\x06issuer*T\n" +
+	"\x06issuer\x18\x01 \x01(\tR\x06issuer\"h\n" +
+	"\x06Revoke\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\x12\"\n" +
+	"\runtil_unix_ns\x18\x03 \x01(\x03R\vuntilUnixNs\x12\x10\n" +
+	"\x03why\x18\x04 \x01(\tR\x03why*T\n" +
 	"\fListenerKind\x12\x1d\n" +
 	"\x19LISTENER_KIND_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bOUTBOUND\x10\x01\x12\v\n" +
@@ -2823,7 +2915,7 @@ func file_linepb_line_proto_rawDescGZIP() []byte {
 }
 
 var file_linepb_line_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_linepb_line_proto_goTypes = []any{
 	(ListenerKind)(0),       // 0: sallyport.line.ListenerKind
 	(DialKind)(0),           // 1: sallyport.line.DialKind
@@ -2863,6 +2955,7 @@ var file_linepb_line_proto_goTypes = []any{
 	(*VerdictReply)(nil),    // 35: sallyport.line.VerdictReply
 	(*Decisions)(nil),       // 36: sallyport.line.Decisions
 	(*RefreshKeys)(nil),     // 37: sallyport.line.RefreshKeys
+	(*Revoke)(nil),          // 38: sallyport.line.Revoke
 }
 var file_linepb_line_proto_depIdxs = []int32{
 	3,  // 0: sallyport.line.Message.start:type_name -> sallyport.line.Start
@@ -2885,28 +2978,29 @@ var file_linepb_line_proto_depIdxs = []int32{
 	34, // 17: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
 	36, // 18: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
 	37, // 19: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
-	7,  // 20: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
-	22, // 21: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
-	24, // 22: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
-	31, // 23: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
-	33, // 24: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
-	35, // 25: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
-	26, // 26: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
-	4,  // 27: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
-	8,  // 28: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
-	0,  // 29: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
-	10, // 30: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
-	13, // 31: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
-	15, // 32: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
-	17, // 33: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
-	20, // 34: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
-	20, // 35: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
-	1,  // 36: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	38, // 20: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
+	7,  // 21: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
+	22, // 22: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
+	24, // 23: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
+	31, // 24: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
+	33, // 25: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
+	35, // 26: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
+	26, // 27: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
+	4,  // 28: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
+	8,  // 29: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
+	0,  // 30: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
+	10, // 31: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
+	13, // 32: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
+	15, // 33: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
+	17, // 34: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
+	20, // 35: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
+	20, // 36: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
+	1,  // 37: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
+	38, // [38:38] is the sub-list for method output_type
+	38, // [38:38] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_linepb_line_proto_init() }
@@ -2935,6 +3029,7 @@ func file_linepb_line_proto_init() {
 		(*Message_Verdict)(nil),
 		(*Message_Decisions)(nil),
 		(*Message_RefreshKeys)(nil),
+		(*Message_Revoke)(nil),
 		(*Message_PoliciesReply)(nil),
 		(*Message_RelationReply)(nil),
 		(*Message_StatusReply)(nil),
@@ -2949,7 +3044,7 @@ func file_linepb_line_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_linepb_line_proto_rawDesc), len(file_linepb_line_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   36,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
