@@ -139,9 +139,9 @@ struct {
 
 /*
  * slot -> listening socket: OWN_SLOTS for each netns, SERVER_SLOTS for each
- * protected port. Ours are put there by the agent, a server's by sockops or,
- * where it listened before, by the agent. Read by steer. A socket leaves it
- * when it is closed.
+ * protected port. Written by the agent for ours and for a server that
+ * listened before its port was protected, by sockops for other servers; read
+ * by steer. A socket leaves it when it is closed.
  * Full: never, slots are given with the entries of netns and protected.
  */
 struct {
