@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 func writeRecord(path string, record any) error {
@@ -22,49 +24,13 @@ func writeRecord(path string, record any) error {
 	if len(b) > maxRecord {
 		return fmt.Errorf("write %s: %d bytes, at most %d", path, len(b), maxRecord)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(append(b, '\n'))
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-// syncDir makes a rename outlive a power cut.
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return statefile.Write(path, append(b, '\n'))
 }
 
 func readRecord[T any](path string) (record T, err error) {
-	f, err := os.Open(path)
+	b, err := statefile.Read(path, maxRecord)
 	if err != nil {
 		return record, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxRecord+1))
-	if err != nil {
-		return record, err
-	}
-	if len(b) > maxRecord {
-		return record, fmt.Errorf("read %s: more than %d bytes", path, maxRecord)
 	}
 	if err := decodeStrict(b, &record); err != nil {
 		return record, fmt.Errorf("read %s: %w", path, err)

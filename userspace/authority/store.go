@@ -12,11 +12,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 // Bounds of the store.
@@ -75,8 +75,8 @@ func OpenStore(dir, trustDomain string) (*Store, error) {
 	if err := identity.CheckTrustDomain(trustDomain); err != nil {
 		return nil, fmt.Errorf("open authority store: %w", err)
 	}
-	for _, sub := range []string{"tokens", filepath.Join("tokens", "used"), "nodes"} {
-		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
+	for _, sub := range []string{"", "tokens", filepath.Join("tokens", "used"), "nodes"} {
+		if err := statefile.MakeDir(filepath.Join(dir, sub)); err != nil {
 			return nil, fmt.Errorf("open authority store: %w", err)
 		}
 	}
@@ -91,15 +91,7 @@ func (s *Store) nodeFile(node string) string {
 
 // lock excludes other changes, of this process and of others.
 func (s *Store) lock() (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(s.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("lock authority store: %w", err)
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock authority store: %w", err)
-	}
-	return func() { f.Close() }, nil
+	return statefile.Lock(filepath.Join(s.dir, "lock"))
 }
 
 // scope validates what a node is to issue.
@@ -211,7 +203,7 @@ func (s *Store) claim(t Token, key string) (identity.Scope, error) {
 	if err := os.Rename(s.tokenFile(t.ID()), s.usedFile(t.ID())); err != nil {
 		return identity.Scope{}, refuseToken("used at the same moment")
 	}
-	if err := syncDir(filepath.Join(s.dir, "tokens")); err != nil {
+	if err := statefile.SyncDir(filepath.Join(s.dir, "tokens")); err != nil {
 		return identity.Scope{}, fmt.Errorf("store used join token: %w", err)
 	}
 	r.Key, r.Used = key, &now

@@ -24,8 +24,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
+
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 const (
@@ -70,14 +71,7 @@ func LoadToken(s string) (Token, error) {
 	if strings.HasPrefix(s, tokenPrefix) {
 		return ParseToken(s)
 	}
-	info, err := os.Stat(s)
-	if err != nil {
-		return Token{}, fmt.Errorf("read join token: %w", err)
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxTokenFile {
-		return Token{}, fmt.Errorf("read join token: %s is not a file of at most %d bytes", s, maxTokenFile)
-	}
-	b, err := os.ReadFile(s)
+	b, err := statefile.Read(s, maxTokenFile)
 	if err != nil {
 		return Token{}, fmt.Errorf("read join token: %w", err)
 	}
@@ -105,6 +99,9 @@ func (t Token) Encode() string {
 
 // String keeps the secret out of logs and errors; it names the token.
 func (t Token) String() string { return "join token " + t.ID() }
+
+// GoString is String, for %#v.
+func (t Token) GoString() string { return t.String() }
 
 // ID names the token in lists and logs: the first half of its hash in hex.
 func (t Token) ID() string {

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 // Lifetimes and limits of what a CA issues.
@@ -102,7 +103,11 @@ func OpenCA(o CAOptions) (*CA, error) {
 	if ca.log == nil {
 		ca.log = slog.New(slog.DiscardHandler)
 	}
-	unlock, err := lockFile(o.StateDir, ca.stem()+".lock")
+	if err := statefile.MakeDir(o.StateDir); err != nil {
+		return nil, err
+	}
+	// A command and the server may both be the first to need a key.
+	unlock, err := statefile.Lock(filepath.Join(o.StateDir, ca.stem()+".lock"))
 	if err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
 	}
@@ -289,7 +294,7 @@ func (ca *CA) usableIssuer(now time.Time) (*issuer, error) {
 // the same key when it is in its last year.
 func (ca *CA) loadRoot() error {
 	path := filepath.Join(ca.o.StateDir, ca.stem()+".pem")
-	found, err := exists(path)
+	found, err := statefile.Exists(path)
 	if err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 // Enrolment is what an authority answers: the node's intermediate and the
@@ -188,7 +189,7 @@ func (ca *CA) storeEnrolment(is *issuer) error {
 // loadEnrolment takes up a stored enrolment. One that has ended is left
 // aside: the node must join again.
 func (ca *CA) loadEnrolment() error {
-	found, err := exists(ca.enrolmentFile())
+	found, err := statefile.Exists(ca.enrolmentFile())
 	if err != nil {
 		return err
 	}
@@ -216,35 +217,44 @@ func (ca *CA) loadEnrolment() error {
 
 func (ca *CA) keepEnrolled(ctx context.Context) error {
 	retry := enrolRetryMin
+	due := time.Time{}
+	if is := ca.issuer.Load(); is != nil {
+		due = renewAt(is.since, is.cert.NotAfter)
+	}
 	for {
-		wait := time.Duration(0)
-		if is := ca.issuer.Load(); is != nil {
-			wait = renewAt(is.since, is.cert.NotAfter).Sub(ca.now())
-		}
-		if !sleep(ctx, wait) {
+		if !sleep(ctx, min(due.Sub(wall(ca.now())), clockStep)) {
 			return nil
 		}
-		for {
-			err := ca.Enroll(ctx)
-			if err == nil {
-				retry = enrolRetryMin
-				break
-			}
-			if ctx.Err() != nil {
-				return nil
-			}
+		if due.After(wall(ca.now())) {
+			continue
+		}
+		err := ca.Enroll(ctx)
+		switch {
+		case err == nil:
+			retry = enrolRetryMin
+			is := ca.issuer.Load()
+			due = renewAt(is.since, is.cert.NotAfter)
+		case ctx.Err() != nil:
+			return nil
+		default:
 			ca.log.Warn("enrol", "node", ca.o.Node, "error", err, "retry", retry)
-			if !sleep(ctx, jitter(retry)) {
-				return nil
-			}
+			due = wall(ca.now()).Add(jitter(retry))
 			retry = min(2*retry, enrolRetryMax)
 		}
 	}
 }
 
+// clockStep bounds a wait: timers stand still while a machine is suspended,
+// the life of certificates does not.
+const clockStep = time.Minute
+
+// wall strips the monotonic reading, which a suspended machine stops.
+func wall(t time.Time) time.Time { return t.Round(0) }
+
 // renewAt is the half of a life, a tenth of it earlier or later, so that
 // what was issued together is not renewed together.
 func renewAt(since, until time.Time) time.Time {
+	since = wall(since)
 	life := until.Sub(since)
 	return since.Add(life*2/5 + time.Duration(randomBelow(int64(life/5))))
 }
@@ -275,7 +285,7 @@ const maxPEMFile = 256 << 10
 // ReadCertificates reads a file of one or more PEM certificates and nothing
 // else, at most 256 KiB.
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
-	b, err := readBounded(path, maxPEMFile)
+	b, err := statefile.Read(path, maxPEMFile)
 	if err != nil {
 		return nil, fmt.Errorf("read certificates: %w", err)
 	}
@@ -307,5 +317,5 @@ func writePEM(path string, certs ...*x509.Certificate) error {
 			return err
 		}
 	}
-	return writeFile(path, b.Bytes())
+	return statefile.Write(path, b.Bytes())
 }

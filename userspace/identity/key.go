@@ -15,13 +15,11 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 	"github.com/sallyport-dev/sallyport/userspace/tpm"
 )
 
@@ -62,20 +60,15 @@ func OpenKey(o KeyOptions) (*Key, error) {
 	if o.TPM == "none" && o.RequireTPM {
 		return nil, fmt.Errorf("open key %s: requireTPM is set and tpm is none; set tpm to auto or to the TPM's path", o.Name)
 	}
-	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make state directory: %w", err)
-	}
-	if info, err := os.Stat(o.Dir); err != nil {
-		return nil, fmt.Errorf("open state directory: %w", err)
-	} else if info.Mode()&0o022 != 0 {
-		return nil, fmt.Errorf("open state directory %s: group or others may write to it (mode %v); chmod go-w it", o.Dir, info.Mode().Perm())
+	if err := statefile.MakeDir(o.Dir); err != nil {
+		return nil, err
 	}
 	wrapped, plain := filepath.Join(o.Dir, o.Name+".tpmkey"), filepath.Join(o.Dir, o.Name+".key")
-	inTPM, err := exists(wrapped)
+	inTPM, err := statefile.Exists(wrapped)
 	if err != nil {
 		return nil, err
 	}
-	inFile, err := exists(plain)
+	inFile, err := statefile.Exists(plain)
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +92,7 @@ func OpenKey(o KeyOptions) (*Key, error) {
 		return nil, fmt.Errorf("open key %s: %w; mend the TPM, or set tpm to none to use a software key", o.Name, err)
 	}
 	if inTPM {
-		if err := checkPrivate(wrapped); err != nil {
+		if err := statefile.CheckPrivate(wrapped); err != nil {
 			t.Close()
 			return nil, err
 		}
@@ -168,21 +161,21 @@ func makeSoftwareKey(o KeyOptions, path string) (*Key, error) {
 		return nil, fmt.Errorf("make software key: %w", err)
 	}
 	sealed := aead.Seal([]byte(softMagic), nil, der, []byte(softMagic+o.Name))
-	if err := writeFile(path, sealed); err != nil {
+	if err := statefile.Write(path, sealed); err != nil {
 		return nil, fmt.Errorf("store software key: %w", err)
 	}
 	return &Key{Signer: private, Anchor: flow.AnchorSoftware, Place: path}, nil
 }
 
 func openSoftwareKey(o KeyOptions, path string) (*Key, error) {
-	if err := checkPrivate(path); err != nil {
+	if err := statefile.CheckPrivate(path); err != nil {
 		return nil, err
 	}
 	secret, err := openSecret(o.secretFile(), false)
 	if err != nil {
 		return nil, err
 	}
-	b, err := readBounded(path, maxKeyFile)
+	b, err := statefile.Read(path, maxKeyFile)
 	if err != nil {
 		return nil, fmt.Errorf("read software key: %w", err)
 	}
@@ -224,7 +217,7 @@ func keyCipher(secret []byte, name string) (cipher.AEAD, error) {
 }
 
 func openSecret(path string, create bool) ([]byte, error) {
-	if found, err := exists(path); err != nil {
+	if found, err := statefile.Exists(path); err != nil {
 		return nil, err
 	} else if !found {
 		if !create {
@@ -232,15 +225,15 @@ func openSecret(path string, create bool) ([]byte, error) {
 		}
 		secret := make([]byte, secretSize)
 		rand.Read(secret) // never fails, by its contract
-		if err := writeFile(path, secret); err != nil {
+		if err := statefile.Write(path, secret); err != nil {
 			return nil, fmt.Errorf("store key secret: %w", err)
 		}
 		return secret, nil
 	}
-	if err := checkPrivate(path); err != nil {
+	if err := statefile.CheckPrivate(path); err != nil {
 		return nil, err
 	}
-	secret, err := readBounded(path, maxKeyFile)
+	secret, err := statefile.Read(path, maxKeyFile)
 	if err != nil {
 		return nil, fmt.Errorf("read key secret: %w", err)
 	}
@@ -248,90 +241,4 @@ func openSecret(path string, create bool) ([]byte, error) {
 		return nil, fmt.Errorf("read key secret %s: %d bytes, must be at least %d", path, len(secret), secretSize)
 	}
 	return secret, nil
-}
-
-// checkPrivate refuses a file that others could have read or written.
-func checkPrivate(path string) error {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return fmt.Errorf("open %s: %w", path, err)
-	}
-	if !info.Mode().IsRegular() {
-		return fmt.Errorf("open %s: not a regular file", path)
-	}
-	if info.Mode()&0o077 != 0 {
-		return fmt.Errorf("open %s: group or others may use it (mode %v); chmod 600 it, and replace it if it may have been read", path, info.Mode().Perm())
-	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("open %s: it belongs to uid %d, not to this process or root", path, st.Uid)
-	}
-	return nil
-}
-
-// lockFile waits until no other process makes or loads what the lock guards:
-// a command and the server may both be the first to need a key.
-func lockFile(dir, name string) (unlock func(), err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make state directory: %w", err)
-	}
-	f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("lock state directory: %w", err)
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock state directory: %w", err)
-	}
-	return func() { f.Close() }, nil
-}
-
-func exists(path string) (bool, error) {
-	_, err := os.Lstat(path)
-	switch {
-	case err == nil:
-		return true, nil
-	case errors.Is(err, fs.ErrNotExist):
-		return false, nil
-	}
-	return false, fmt.Errorf("look for %s: %w", path, err)
-}
-
-func readBounded(path string, limit int64) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if info.Size() > limit {
-		return nil, fmt.Errorf("%s has %d bytes, at most %d", path, info.Size(), limit)
-	}
-	return os.ReadFile(path)
-}
-
-// writeFile replaces path (mode 0600) by way of a synced neighbour, so that
-// a crash leaves the old file or the new one.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }

@@ -89,7 +89,9 @@ type leafEntry struct {
 	prints  atomic.Pointer[prints]
 	changed atomic.Pointer[chan struct{}]
 	failure atomic.Pointer[string]
-	timer   *time.Timer // guarded by Leaves.mu; nil once removed
+	timer   *time.Timer   // guarded by Leaves.mu; nil once removed
+	due     time.Time     // of the next renewal; the timer's goroutine alone
+	retry   time.Duration // after a next failure; the same
 }
 
 // prints are the thumbprints of an identity's unexpired leaves.
@@ -153,7 +155,7 @@ func (l *Leaves) Set(ids []string) error {
 			if err != nil {
 				return fmt.Errorf("hold leaf of %q: %w", id, err)
 			}
-			e = &leafEntry{id: id, uri: uri}
+			e = &leafEntry{id: id, uri: uri, retry: leafRetryMin}
 			changed := make(chan struct{})
 			e.changed.Store(&changed)
 			fresh = append(fresh, e)
@@ -167,7 +169,7 @@ func (l *Leaves) Set(ids []string) error {
 	}
 	l.table.Store(next)
 	for _, e := range fresh {
-		e.timer = time.AfterFunc(0, func() { l.renew(e, leafRetryMin) })
+		e.timer = time.AfterFunc(0, func() { l.wake(e) })
 	}
 	return nil
 }
@@ -292,8 +294,9 @@ func (l *Leaves) Status() []LeafStatus {
 	return list
 }
 
-// renew runs on a timer's goroutine; of one entry there is only ever one.
-func (l *Leaves) renew(e *leafEntry, retry time.Duration) {
+// wake runs on a timer's goroutine; of one entry there is only ever one. It
+// renews what is due by the wall clock and sets the timer again.
+func (l *Leaves) wake(e *leafEntry) {
 	l.mu.Lock()
 	if l.closed || e.timer == nil {
 		l.mu.Unlock()
@@ -303,6 +306,18 @@ func (l *Leaves) renew(e *leafEntry, retry time.Duration) {
 	l.mu.Unlock()
 	defer l.work.Done()
 
+	if !e.due.After(wall(time.Now())) {
+		l.renew(e)
+	}
+	l.mu.Lock()
+	if e.timer != nil {
+		wait := min(e.due.Sub(wall(time.Now())), clockStep)
+		e.timer = time.AfterFunc(wait, func() { l.wake(e) })
+	}
+	l.mu.Unlock()
+}
+
+func (l *Leaves) renew(e *leafEntry) {
 	select {
 	case l.slots <- struct{}{}:
 	case <-l.ctx.Done():
@@ -313,23 +328,16 @@ func (l *Leaves) renew(e *leafEntry, retry time.Duration) {
 	if l.ctx.Err() != nil {
 		return
 	}
-	now := time.Now()
-	var wait time.Duration
-	next := leafRetryMin
-	if err == nil {
-		e.install(leaf, now)
-		wait = renewAt(now, leaf.NotAfter).Sub(now)
-	} else {
+	now := wall(time.Now())
+	if err != nil {
 		text := err.Error()
 		e.failure.Store(&text)
-		l.log.Warn("renew leaf", "id", e.id, "error", err, "retry", retry)
-		wait, next = jitter(retry), min(2*retry, leafRetryMax)
+		l.log.Warn("renew leaf", "id", e.id, "error", err, "retry", e.retry)
+		e.due, e.retry = now.Add(jitter(e.retry)), min(2*e.retry, leafRetryMax)
+		return
 	}
-	l.mu.Lock()
-	if e.timer != nil {
-		e.timer = time.AfterFunc(wait, func() { l.renew(e, next) })
-	}
-	l.mu.Unlock()
+	e.install(leaf, now)
+	e.due, e.retry = renewAt(now, leaf.NotAfter), leafRetryMin
 }
 
 func (e *leafEntry) install(leaf *Leaf, now time.Time) {

@@ -15,11 +15,11 @@ import (
 	"io"
 	"io/fs"
 	"math/big"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 // signTime bounds the whole wait of one signature, the queue included.
@@ -59,7 +59,7 @@ type Key struct {
 // 0600, replaced atomically). ErrForeignKey says that the file was written
 // by another TPM.
 func (t *TPM) Key(path string) (*Key, error) {
-	blob, err := os.ReadFile(path)
+	blob, err := statefile.Read(path, blobMax)
 	switch {
 	case err == nil:
 		k, err := t.load(blob)
@@ -74,7 +74,7 @@ func (t *TPM) Key(path string) (*Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create key in TPM %s: %w", t.address, err)
 	}
-	if err := writeFile(path, encodeBlob(k.pub, k.private)); err != nil {
+	if err := statefile.Write(path, encodeBlob(k.pub, k.private)); err != nil {
 		return nil, fmt.Errorf("store TPM key: %w", err)
 	}
 	return k, nil
@@ -336,25 +336,4 @@ func decodeBlob(b []byte) (pub tpm2.TPM2BPublic, private tpm2.TPM2BPrivate, err 
 		return pub, private, err
 	}
 	return pub, tpm2.TPM2BPrivate{Buffer: parts[1]}, nil
-}
-
-// writeFile replaces path by way of a synced neighbour, so that a crash
-// leaves the old file or the new one.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }
