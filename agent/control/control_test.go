@@ -409,7 +409,7 @@ func TestGenerated(t *testing.T) {
 // withoutVersions drops the lines that name the generators' versions.
 func withoutVersions(b []byte) []byte {
 	var keep [][]byte
-	for _, l := range bytes.Split(b, []byte("\n")) {
+	for l := range bytes.SplitSeq(b, []byte("\n")) {
 		if !bytes.HasPrefix(l, []byte("// \tprotoc")) && !bytes.HasPrefix(l, []byte("// - protoc")) {
 			keep = append(keep, l)
 		}

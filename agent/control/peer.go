@@ -108,7 +108,7 @@ func peerGroups(fd int) ([]uint32, error) {
 	b := make([]byte, 4*64)
 	for {
 		n, err := getsockopt(fd, unix.SO_PEERGROUPS, b)
-		if err == unix.ERANGE && n > len(b) && n <= 4*maxGroups {
+		if errors.Is(err, unix.ERANGE) && n > len(b) && n <= 4*maxGroups {
 			b = make([]byte, n)
 			continue
 		}

@@ -29,8 +29,9 @@ const (
 	// MaxEntries bounds the list; beyond it a revocation is refused, never
 	// an older one forgotten.
 	MaxEntries = 10000
-	// MaxValue and MaxReason bound an entry's strings, in bytes.
-	MaxValue  = 512
+	// MaxValue bounds what an entry names, in bytes.
+	MaxValue = 512
+	// MaxReason bounds why and by whom, in bytes.
 	MaxReason = 256
 
 	fileName    = "revocations.json"

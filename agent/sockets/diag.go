@@ -71,7 +71,7 @@ func listening(family uint8) ([]Listening, error) {
 	buf := make([]byte, 64<<10)
 	for {
 		got, _, err := unix.Recvfrom(s, buf, 0)
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {

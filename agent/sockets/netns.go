@@ -34,7 +34,7 @@ type Netns struct {
 	reserved map[uint16]bool // ports that ReservePorts added
 }
 
-// ErrClosed: the namespace has been let go of.
+// ErrClosed says that the namespace has been let go of.
 var ErrClosed = errors.New("netns closed")
 
 // Open opens the namespace at path: /proc/PID/ns/net, or what `ip netns add`

@@ -101,7 +101,7 @@ func TestInComesBackHome(t *testing.T) {
 	}
 	wg.Wait()
 	want := errors.New("x")
-	if err := ns.In(func() error { return want }); err != want {
+	if err := ns.In(func() error { return want }); !errors.Is(err, want) {
 		t.Errorf("got %v", err)
 	}
 	if after := descriptors(t); after > before {

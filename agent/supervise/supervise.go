@@ -343,7 +343,7 @@ func dropOnThread(log *slog.Logger) error {
 	if err := unix.Capset(&h, &c[0]); err != nil {
 		return fmt.Errorf("clear inheritable capabilities: %w", err)
 	}
-	for n := uintptr(0); n < 64; n++ {
+	for n := range uintptr(64) {
 		switch err := unix.Prctl(unix.PR_CAPBSET_DROP, n, 0, 0, 0); err {
 		case nil:
 		case unix.EINVAL: // beyond the kernel's last

@@ -154,7 +154,7 @@ func (s *scan) table() (*Table, []*held) {
 				c.Identity, c.By, c.Ambiguous = c.Ambiguous[0], c.bys[0], nil
 			}
 		}
-		c.Cgroup.Netns = slices.Sorted(maps.Keys(c.netns))
+		c.Netns = slices.Sorted(maps.Keys(c.netns))
 		t.Cgroups = append(t.Cgroups, c.Cgroup)
 	}
 	release := s.collect(t)

@@ -8,8 +8,10 @@ package confine
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -70,12 +72,10 @@ func (s Status) Unprivileged() error {
 	}
 	ids := strings.Fields(s.UID)
 	if len(ids) != 4 {
-		return fmt.Errorf("Uid is %q", s.UID)
+		return fmt.Errorf("its users are %q", s.UID)
 	}
-	for _, id := range ids {
-		if id == "0" {
-			return fmt.Errorf("it runs as root")
-		}
+	if slices.Contains(ids, "0") {
+		return errors.New("it runs as root")
 	}
 	return nil
 }

@@ -193,7 +193,7 @@ func TestSocketRefuses(t *testing.T) {
 			if after := descriptorsOpen(t); after != before {
 				t.Fatalf("descriptors leaked: %d, before %d", after, before)
 			}
-			if c.want == ErrClosed {
+			if errors.Is(c.want, ErrClosed) {
 				return
 			}
 			if err := user.Send(dial(9)); err != nil {
@@ -591,7 +591,7 @@ func TestGenerated(t *testing.T) {
 // withoutVersions drops the lines that name the generators' versions.
 func withoutVersions(b []byte) []byte {
 	var keep [][]byte
-	for _, l := range bytes.Split(b, []byte("\n")) {
+	for l := range bytes.SplitSeq(b, []byte("\n")) {
 		if !bytes.HasPrefix(l, []byte("// \tprotoc")) {
 			keep = append(keep, l)
 		}

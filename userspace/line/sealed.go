@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNotSealed: a descriptor that should be a sealed memfd is something else,
-// or could still change while it is read.
+// ErrNotSealed says that a descriptor that should be a sealed memfd is
+// something else, or could still change while it is read.
 var ErrNotSealed = errors.New("not a sealed memfd")
 
 const allSeals = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL

@@ -53,8 +53,12 @@ func setSendBuffer(fd int) error {
 	if err != nil {
 		return fmt.Errorf("set send buffer of line: %w", err)
 	}
-	if got, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF); err != nil || got < MaxMessage+4096 {
-		return fmt.Errorf("set send buffer of line: it is %d bytes (%v); raise net.core.wmem_max to %d", got, err, MaxMessage)
+	got, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if err != nil {
+		return fmt.Errorf("read send buffer of line: %w", err)
+	}
+	if got < MaxMessage+4096 {
+		return fmt.Errorf("set send buffer of line: it is %d bytes; raise net.core.wmem_max to %d", got, MaxMessage)
 	}
 	return nil
 }
@@ -80,9 +84,13 @@ func NewSocket(f *os.File, sealed bool) (*Socket, error) {
 	}
 	kind := 0
 	ctl := raw.Control(func(fd uintptr) { kind, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE) })
-	if err = errors.Join(ctl, err); err != nil || kind != unix.SOCK_SEQPACKET {
+	err = errors.Join(ctl, err)
+	if err == nil && kind != unix.SOCK_SEQPACKET {
+		err = errors.New("not a SOCK_SEQPACKET socket")
+	}
+	if err != nil {
 		c.Close()
-		return nil, fmt.Errorf("open line: not a SOCK_SEQPACKET socket (%v)", err)
+		return nil, fmt.Errorf("open line: %w", err)
 	}
 	return &Socket{
 		conn: u, raw: raw, sealed: sealed,
