@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -518,41 +517,135 @@ func TestSecondReader(t *testing.T) {
 	})
 }
 
+// TestBudget has a task read what never ends, since it writes it itself, beside one that counts the turns of their loop.
 func TestBudget(t *testing.T) {
-	// A client that never stops sending must not keep its loop from the others.
-	onBoth(t, func(t *testing.T, b *bench) {
-		b.start(netloop.Options{Loops: 1})
-		addr := b.serve(echo)
-		sink := b.serve(func(_ *netloop.Task, c *netloop.Conn) {
-			buf := make([]byte, 64<<10)
-			for {
-				if _, err := c.Read(buf); err != nil {
-					return
-				}
+	b := (&bench{t: t}).start(netloop.Options{Loops: 1, TurnBudget: 64 << 10})
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[1])
+	b.in(func(task *netloop.Task) {
+		c, err := task.Adopt(fds[0])
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		turns := 0
+		task.Go(func(task *netloop.Task) {
+			for task.Yield() == nil {
+				turns++
 			}
 		})
-		var senders sync.WaitGroup
-		var clients []*net.TCPConn
-		for range 2 {
-			c := dial(t, sink)
-			clients = append(clients, c)
-			senders.Go(func() {
-				data := make([]byte, 256<<10)
-				for {
-					if _, err := c.Write(data); err != nil {
-						return
-					}
-				}
-			})
+		const total = 10 << 20
+		data, buf := make([]byte, 64<<10), make([]byte, 32<<10)
+		for n := 0; n < total; {
+			if _, err := unix.Write(fds[1], data); err != nil && err != syscall.EAGAIN {
+				t.Error(err)
+				return
+			}
+			k, err := c.Read(buf)
+			if n += k; err != nil {
+				t.Error(err)
+				return
+			}
 		}
-		for range 20 {
-			roundTrip(t, dial(t, addr), random(1000))
+		if want := total / (128 << 10); turns < want {
+			t.Errorf("%d bytes were read in %d turns, want at least %d", total, turns, want)
 		}
-		for _, c := range clients {
-			c.Close()
-		}
-		senders.Wait()
 	})
+}
+
+func TestAllFlushedReturn(t *testing.T) {
+	onBoth(t, func(t *testing.T, b *bench) {
+		b.start(netloop.Options{WriteLimit: 8 << 20})
+		left := 10
+		c, errs := b.handled(func(t *netloop.Task, c *netloop.Conn) error {
+			if _, err := c.Write(make([]byte, 30<<20)); err != nil { // more than the kernel takes
+				return err
+			}
+			var done netloop.Event
+			for range left {
+				t.Go(func(*netloop.Task) {
+					if c.Flushed(0) == nil {
+						left--
+					}
+					done.Signal()
+				})
+			}
+			for left > 0 {
+				if err := t.Wait(&done); err != nil {
+					return err
+				}
+			}
+			return c.CloseWrite()
+		})
+		if _, err := io.Copy(io.Discard, c); err != nil {
+			t.Error(err)
+		}
+		wantErr(t, errs, nil)
+	})
+}
+
+func TestSlowPeerIsNotCut(t *testing.T) {
+	onBoth(t, func(t *testing.T, b *bench) {
+		const patient = 300 * time.Millisecond
+		b.start(netloop.Options{WriteLimit: 1 << 20, StallTimeout: patient})
+		inTime(t, func() error {
+			c, errs := b.handled(func(_ *netloop.Task, c *netloop.Conn) error { return stall(c) })
+			last := time.Now()
+			for start := last; time.Since(start) < 2*patient; time.Sleep(patient / 20) {
+				last = time.Now()
+				if _, err := io.ReadFull(c, make([]byte, 2<<20)); err != nil {
+					return err
+				}
+			}
+			wantErr(t, errs, netloop.ErrStalled)
+			if d := time.Since(last); d < patient {
+				t.Errorf("cut %v after the peer read", d)
+			}
+			return nil
+		})
+	})
+}
+
+// TestSharedDescriptorsMadeBlocking: O_NONBLOCK belongs to the open file, which others may have a descriptor of.
+func TestSharedDescriptorsMadeBlocking(t *testing.T) {
+	b := (&bench{t: t}).start(netloop.Options{Loops: 1})
+	fd := listenTCP(t)
+	defer unix.Close(fd)
+	ln, err := b.Serve(fd, echo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fd, false); err != nil {
+		t.Fatal(err)
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[1])
+	shared, err := unix.FcntlInt(uintptr(fds[0]), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(shared)
+	adopted := make(chan struct{})
+	b.Go(func(task *netloop.Task) {
+		c, err := task.Adopt(fds[0])
+		if err != nil {
+			t.Error(err)
+		} else if err := unix.SetNonblock(shared, false); err != nil {
+			t.Error(err)
+		}
+		close(adopted)
+		_ = stall(c)
+	})
+	<-adopted
+	for range 3 {
+		roundTrip(t, dial(t, ln.Addr().String()), random(100<<10))
+	}
 }
 
 func TestHandshakeDeadline(t *testing.T) {

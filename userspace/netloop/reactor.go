@@ -472,7 +472,7 @@ func (r *reactor) acceptSome(ln *Listener) bool {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	for range acceptBatch {
-		if ln.closed || ln.paused {
+		if ln.closed || ln.paused || !acceptable(ln.fd) {
 			return false
 		}
 		fd, remote, e := sysAccept(ln.fd)

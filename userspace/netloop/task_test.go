@@ -504,7 +504,10 @@ func TestCloseEndsEverything(t *testing.T) {
 			t.Error(err)
 		}
 		for range park {
-			wantErr(t, errs, netloop.ErrClosed)
+			// The other end of a connection may be in a loop that was closed before.
+			if err := <-errs; !errors.Is(err, netloop.ErrClosed) && !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("got error %v, want %v", err, netloop.ErrClosed)
+			}
 		}
 		wantErr(t, stalled, netloop.ErrClosed)
 		if _, err := io.Copy(io.Discard, c); !errors.Is(err, syscall.ECONNRESET) {
