@@ -85,13 +85,76 @@ func userspace(args []string) {
 	if err := s.Send(&linepb.Message{Body: &linepb.Message_StatusReply{StatusReply: &linepb.StatusReply{Json: b}}}); err != nil {
 		panic(err)
 	}
-	_, _, err = s.Recv()
+	m, fds, err := s.Recv()
+	if m.GetMaps() != nil {
+		text := readMap(fds[0])
+		if err := s.Send(&linepb.Message{Body: &linepb.Message_RelationReply{RelationReply: &linepb.RelationReply{Text: text}}}); err != nil {
+			panic(err)
+		}
+		_, _, err = s.Recv()
+	}
 	if args[0] == "exits" {
 		os.Exit(7)
 	}
 	if !errors.Is(err, line.ErrClosed) {
 		panic(err)
 	}
+}
+
+// mapAttr is union bpf_attr for the commands on elements, and, its first
+// words, for BPF_MAP_CREATE and BPF_MAP_GET_FD_BY_ID.
+type mapAttr struct {
+	fd, _      uint32
+	key, value uint64
+	flags      uint64
+}
+
+func element(cmd, fd int, key, value *uint32) syscall.Errno {
+	a := mapAttr{fd: uint32(fd), key: uint64(uintptr(unsafe.Pointer(key))), value: uint64(uintptr(unsafe.Pointer(value)))}
+	_, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(unsafe.Pointer(&a)), unsafe.Sizeof(a))
+	runtime.KeepAlive(key)
+	runtime.KeepAlive(value)
+	return errno
+}
+
+// readMap says what the process can do with the descriptor of a map.
+func readMap(fd int) string {
+	key, value := new(uint32), new(uint32)
+	*key = 7
+	read := element(unix.BPF_MAP_LOOKUP_ELEM, fd, key, value)
+	got := *value
+	return fmt.Sprintf("read %d %d, update %s", read, got, unix.ErrnoName(element(unix.BPF_MAP_UPDATE_ELEM, fd, key, value)))
+}
+
+// readOnlyMap makes a map with 7 -> 42 and returns a descriptor that only
+// reads it.
+func readOnlyMap(t *testing.T) int {
+	t.Helper()
+	create := [8]uint32{1, 4, 4, 8} // hash, key, value, entries
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_MAP_CREATE, uintptr(unsafe.Pointer(&create)), unsafe.Sizeof(create))
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	defer unix.Close(int(fd))
+	key, value := new(uint32), new(uint32)
+	*key, *value = 7, 42
+	if errno := element(unix.BPF_MAP_UPDATE_ELEM, int(fd), key, value); errno != 0 {
+		t.Fatal(errno)
+	}
+	var info [80]byte // struct bpf_map_info; the id is its second word
+	ask := struct {
+		fd, size uint32
+		info     uint64
+	}{uint32(fd), uint32(len(info)), uint64(uintptr(unsafe.Pointer(&info)))}
+	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET_INFO_BY_FD, uintptr(unsafe.Pointer(&ask)), unsafe.Sizeof(ask)); errno != 0 {
+		t.Fatal(errno)
+	}
+	open := [3]uint32{*(*uint32)(unsafe.Pointer(&info[4])), 0, unix.BPF_F_RDONLY}
+	ro, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_MAP_GET_FD_BY_ID, uintptr(unsafe.Pointer(&open)), unsafe.Sizeof(open))
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	return int(ro)
 }
 
 func look(closed []string) report {
@@ -298,6 +361,15 @@ func TestUserspaceHasNoPrivilege(t *testing.T) {
 				if got := r.Tried[what]; got != errno {
 					t.Errorf("%s: %q, want %q", what, got, errno)
 				}
+			}
+			fd := readOnlyMap(t)
+			err := p.Socket.Send(&linepb.Message{Body: &linepb.Message_Maps{Maps: &linepb.Maps{}}}, fd)
+			unix.Close(fd)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m, _, err := p.Socket.Recv(); err != nil || m.GetRelationReply().GetText() != "read 0 42, update EPERM" {
+				t.Errorf("with a read-only map: %q, %v", m.GetRelationReply().GetText(), err)
 			}
 			if err := h.stop(); err != nil {
 				t.Error(err)
