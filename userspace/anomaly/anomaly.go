@@ -200,7 +200,14 @@ func (s *Scorer) Score(sm *Sample) Score {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.score(sm)
+	sc := e.score(sm)
+	if sc.Warm {
+		e.scored++
+		if sc.P <= quarantineBelow {
+			e.unusual++
+		}
+	}
+	return sc
 }
 
 // scoreUnseen judges a request of an endpoint without baseline: below a
@@ -317,7 +324,11 @@ type Info struct {
 	Identities            int // distinct, at most 16 counted
 	Calibration           int // N of its scores
 	Quarantined           int // kinds of novelty that wait for a quorum
-	Parameters            []string
+	// Scored counts the scores since the start while warm, Unusual those of
+	// them with P at most 0.01: where nothing attacks, their ratio is the
+	// realised rate of false positives to hold against that.
+	Scored, Unusual uint64
+	Parameters      []string
 }
 
 // List returns the endpoints in the order of API, template and method.
@@ -362,6 +373,7 @@ func (s *Scorer) Reset(api, method, template string) int {
 		return e.api == api && (method == "" || e.method == method) && (template == "" || e.name == template)
 	}
 	dropped := 0
+	unfolded := map[uint64]uint32{} // dropped, by their space
 	for i := range s.shards {
 		sh := &s.shards[i]
 		sh.mu.Lock()
@@ -369,6 +381,7 @@ func (s *Scorer) Reset(api, method, template string) int {
 		for k, e := range *sh.m.Load() {
 			if match(e) {
 				dropped++
+				unfolded[e.space]++
 				continue
 			}
 			m[k] = e
@@ -377,6 +390,13 @@ func (s *Scorer) Reset(api, method, template string) int {
 		sh.mu.Unlock()
 	}
 	s.count.Add(int64(-dropped))
+	for h, n := range unfolded {
+		if sp := s.space(h); sp != nil {
+			sp.mu.Lock()
+			sp.endpoints -= min(n, sp.endpoints)
+			sp.mu.Unlock()
+		}
+	}
 	if method == "" && template == "" {
 		s.mu.Lock()
 		m := map[uint64]*space{}

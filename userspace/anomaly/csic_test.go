@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 	"testing"
@@ -54,7 +55,6 @@ func readRequests(t testing.TB, path string) []flow.Request {
 type judged struct {
 	p, evidence float64
 	attack      bool
-	index       int
 }
 
 func auc(all []judged) (auc float64, tpr func(fpr float64) float64) {
@@ -102,7 +102,8 @@ func auc(all []judged) (auc float64, tpr func(fpr float64) float64) {
 }
 
 // TestCSIC measures detection one-class and split in time: the first half of
-// the normal requests is learned, the second half and the attacks are scored.
+// the normal requests is learned, the second half and the attacks are scored;
+// then once more with one learned request in a hundred replaced by an attack.
 func TestCSIC(t *testing.T) {
 	dir := os.Getenv(csicEnv)
 	if dir == "" {
@@ -110,77 +111,85 @@ func TestCSIC(t *testing.T) {
 	}
 	normal := readRequests(t, filepath.Join(dir, "normal.txt.gz"))
 	attacks := readRequests(t, filepath.Join(dir, "anomalous.txt.gz"))
-	s, err := New(Options{})
-	if err != nil {
-		t.Fatal(err)
+	for _, c := range []struct {
+		name       string
+		num, denom int
+		poison     int // one in so many, 0: none
+	}{{"half", 1, 2, 0}, {"three quarters", 3, 4, 0}, {"half, 1 % poison", 1, 2, 100}} {
+		t.Run(c.name, func(t *testing.T) { measure(t, normal, attacks, len(normal)*c.num/c.denom, c.poison) })
 	}
+}
+
+func measure(t *testing.T, normal, attacks []flow.Request, half, poison int) {
+	s := newScorer(t)
 	key := func(r *flow.Request) Key {
 		return Key{API: "shop/store", Method: r.Method, Template: "/**", Warmup: Warmup{Requests: 200, Identities: 3}}
 	}
 	var sm Sample
-	half := len(normal) / 2
+	known := map[string]bool{}
+	text := func(r *flow.Request) string { return r.Method + r.Path + "?" + r.Query }
 	for i := range normal[:half] {
 		r := &normal[i]
-		s.Read(&sm, key(r), r)
-		s.Score(&sm)
-		s.Learn(&sm, fmt.Sprint("client-", i%5))
-	}
-	known := map[string]bool{}
-	for i := range normal[:half] {
-		known[normal[i].Method+normal[i].Path+"?"+normal[i].Query] = true
+		if poison > 0 && i%poison == poison/2 {
+			r = &attacks[i*37%len(attacks)]
+		}
+		known[text(r)] = true
+		learn(s, &sm, key(r), r, fmt.Sprint("client-", i%5))
 	}
 	var all, fresh, length []judged
 	realised := map[float64]int{0.01: 0, 0.05: 0}
-	tests := 0
-	score := func(r *flow.Request, attack bool, index int) {
-		s.Read(&sm, key(r), r)
-		sc := s.Score(&sm)
-		j := judged{sc.P, sc.Evidence, attack, index}
+	add := func(r *flow.Request, attack bool) {
+		sc := score(s, &sm, key(r), r)
+		j := judged{sc.P, sc.Evidence, attack}
 		all = append(all, j)
-		if attack || !known[r.Method+r.Path+"?"+r.Query] {
+		if attack || !known[text(r)] {
 			fresh = append(fresh, j)
 		}
-		length = append(length, judged{0, float64(len(r.Path) + len(r.Query)), attack, index})
-		if !attack {
-			tests++
-			for a := range realised {
-				if sc.P <= a {
-					realised[a]++
-				}
+		length = append(length, judged{0, float64(len(r.Path) + len(r.Query)), attack})
+		for a := range realised {
+			if !attack && sc.P <= a {
+				realised[a]++
 			}
 		}
 	}
-	for i := half; i < len(normal); i++ {
-		score(&normal[i], false, i)
+	for i := range normal[half:] {
+		add(&normal[half+i], false)
 	}
 	for i := range attacks {
-		score(&attacks[i], true, i)
+		if poison == 0 || !known[text(&attacks[i])] {
+			add(&attacks[i], true)
+		}
 	}
-	show := func(name string, js []judged) {
-		a, tpr := auc(js)
-		t.Logf("%-28s AUC %.4f  TPR@1%% %.3f  TPR@0.1%% %.3f", name, a, tpr(0.01), tpr(0.001))
-	}
-	show("all", all)
-	show("never-seen normals", fresh)
-	raw := append([]judged(nil), all...)
-	for i := range raw {
-		raw[i].p = 0
-	}
-	show("all, by evidence alone", raw)
-	show("length alone (baseline)", length)
-	for _, a := range []float64{0.05, 0.01} {
-		t.Logf("false positives at p <= %.2f: realised/nominal %.2f", a, float64(realised[a])/float64(tests)/a)
-	}
-	for _, a := range []float64{0.05, 0.02, 0.01} {
-		caught, attacks := 0, 0
-		for _, j := range all {
-			if j.attack {
-				attacks++
-				if j.p <= a {
-					caught++
-				}
+	show := func(name string, js []judged, byP bool) {
+		js = slices.Clone(js)
+		for i := range js {
+			if !byP {
+				js[i].p = 0
 			}
 		}
-		t.Logf("attacks with p <= %.2f: %.3f", a, float64(caught)/float64(attacks))
+		a, tpr := auc(js)
+		t.Logf("%-36s AUC %.4f  TPR@1%% %.3f  TPR@0.1%% %.3f", name, a, tpr(0.01), tpr(0.001))
 	}
+	show("all, by evidence", all, false)
+	show("all, by P", all, true)
+	show("never-seen normals, by evidence", fresh, false)
+	show("length alone (baseline)", length, false)
+	for _, a := range []float64{0.05, 0.01} {
+		t.Logf("P <= %.2f: realised/nominal false positives %.2f, attacks %.3f", a,
+			float64(realised[a])/float64(len(normal)-half)/a, share(all, a))
+	}
+}
+
+// share is that of the attacks whose P is at most a.
+func share(all []judged, a float64) float64 {
+	caught, attacks := 0, 0
+	for _, j := range all {
+		if j.attack {
+			attacks++
+			if j.p <= a {
+				caught++
+			}
+		}
+	}
+	return float64(caught) / float64(attacks)
 }

@@ -29,6 +29,8 @@ type endpoint struct {
 	name        string
 	labels      [maxParameters]string
 	state       state
+	scored      uint64
+	unusual     uint64
 	params      []parameter // as many as state.Params
 }
 
@@ -276,7 +278,8 @@ func (e *endpoint) age() {
 
 func (e *endpoint) info() Info {
 	i := Info{API: e.api, Method: e.method, Template: e.name, Requests: int(e.state.Life.N),
-		Identities: int(e.state.Life.Known), Calibration: int(e.state.Whole.Total)}
+		Identities: int(e.state.Life.Known), Calibration: int(e.state.Whole.Total),
+		Scored: e.scored, Unusual: e.unusual}
 	for _, q := range e.state.Quarantine {
 		if q.Count > 0 && q.Released == 0 {
 			i.Quarantined++

@@ -8,7 +8,7 @@ const (
 	maxKnown        = 16 // identities that are told apart per endpoint
 	windowSeconds   = 3600
 	leastWindow     = 256
-	quarantineSize  = 6
+	quarantineSize  = 5
 	quarantineBelow = 0.01
 	leastRepeats    = 8 // how often a novelty must come before it is learned
 )

@@ -75,7 +75,7 @@ func TestLiveConcurrent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var wg sync.WaitGroup
+	var wg, kills sync.WaitGroup
 	for g := range 4 {
 		wg.Go(func() {
 			for i := range 500 {
@@ -92,7 +92,7 @@ func TestLiveConcurrent(t *testing.T) {
 						h <- n
 					})
 				}
-				n := p.Live().Add(Stream{Subjects: [4]string{id}, Kill: func(r flow.Reason) { go done(r) }, Recheck: func() {}})
+				n := p.Live().Add(Stream{Subjects: [4]string{id}, Kill: func(r flow.Reason) { kills.Go(func() { done(r) }) }, Recheck: func() {}})
 				h <- n
 				if i%2 == 0 {
 					p.Live().Remove(n)
@@ -106,6 +106,7 @@ func TestLiveConcurrent(t *testing.T) {
 	}
 	wg.Wait()
 	p.SetRevocations(list)
+	kills.Wait()
 	for i := range p.live.shards {
 		for _, s := range p.live.shards[i].m {
 			if s.Subjects[0] == "bad" {
