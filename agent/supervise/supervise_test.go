@@ -70,6 +70,10 @@ func userspace(args []string) {
 	if args[0] == "stubborn" {
 		time.Sleep(time.Hour)
 	}
+	if args[0] == "serve" {
+		serve(s)
+		return
+	}
 	r := look(args[1:])
 	if args[0] == "confined" {
 		if err := confine.Self(); err != nil {
