@@ -452,7 +452,14 @@ func (c *Conn) send(m *linepb.Message, fds []int) error {
 			return err
 		}
 	}
-	if len(o.items) >= c.opt.Queue || o.bytes+len(b) > maxQueuedBytes {
+	full := len(o.items) >= c.opt.Queue || o.bytes+len(b) > maxQueuedBytes
+	if full && !m.Reply {
+		return ErrBusy
+	}
+	if full && len(o.items) >= 2*c.opt.Queue {
+		// Whoever asks and reads no answer is not served any longer; a lost
+		// answer would leave its caller waiting for ever.
+		go c.fail(fmt.Errorf("%w: its answers are not read", ErrBusy))
 		return ErrBusy
 	}
 	own, err := duplicate(fds)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -495,6 +496,70 @@ func TestEndFailsPendingCalls(t *testing.T) {
 	if err := user.Notify(dial(1)); !errors.Is(err, ErrClosed) {
 		t.Fatal(err)
 	}
+}
+
+// TestAnswersNotReadEndTheLine: who asks for ever and reads no answer does not
+// fill the other end's memory.
+func TestAnswersNotReadEndTheLine(t *testing.T) {
+	before := descriptorsOpen(t)
+	a, u := pair(t)
+	agent := NewConn(a, Options{Queue: 8, Concurrent: all, Handle: func(_ context.Context, in *Incoming) {
+		r, w := pipe(t)
+		unix.Close(r)
+		in.Reply(dialReply(), w)
+		unix.Close(w)
+	}})
+	go func() {
+		for id := uint64(1); ; id++ {
+			m := dial(1)
+			m.Id = id
+			if u.Send(m) != nil {
+				return
+			}
+		}
+	}()
+	<-agent.Done()
+	if err := agent.Err(); !errors.Is(err, ErrBusy) {
+		t.Fatal(err)
+	}
+	u.Close()
+	settle(t, "descriptors", before, func() int { return descriptorsOpen(t) })
+}
+
+// TestHostilePeer sends what no proxy would, and expects that nothing leaks.
+func TestHostilePeer(t *testing.T) {
+	before := descriptorsOpen(t)
+	r, w := pipe(t)
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 300 {
+		a, u := pair(t)
+		agent := NewConn(a, Options{Handle: func(_ context.Context, in *Incoming) {
+			if in.Message.Id%2 == 0 {
+				closeAll(in.TakeFDs())
+			}
+			in.Reply(&linepb.Message{Body: &linepb.Message_VerdictReply{VerdictReply: &linepb.VerdictReply{}}})
+		}})
+		for range 20 {
+			m := dial(1)
+			m.Id, m.Reply, m.Sealed = rng.Uint64N(3), rng.IntN(4) == 0, rng.IntN(8) == 0
+			if rng.IntN(3) == 0 {
+				m.Body = &linepb.Message_Maps{Maps: &linepb.Maps{}}
+			}
+			b := encoded(t, m)
+			if rng.IntN(5) == 0 {
+				b[rng.IntN(len(b))] ^= byte(1 + rng.IntN(255))
+			}
+			fds := []int{w, w, w}[:rng.IntN(4)]
+			if _, _, err := u.conn.WriteMsgUnix(b, rights(fds), nil); err != nil {
+				break // cut, as it should be
+			}
+		}
+		u.Close()
+		<-agent.Done()
+	}
+	unix.Close(r)
+	unix.Close(w)
+	settle(t, "descriptors", before, func() int { return descriptorsOpen(t) })
 }
 
 func TestReplyToNothingEndsTheLine(t *testing.T) {
