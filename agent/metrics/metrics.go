@@ -31,6 +31,7 @@ type Sources struct {
 	Policies                func() int    // APIPolicies in force
 	Generation              func() uint64 // of the policy set in force
 	Revocations             func() int
+	UserspaceUp             func() bool // its process runs and is ready
 	ObservationsRefused     func() uint64
 }
 
@@ -121,6 +122,14 @@ func (m *Metrics) gauges(src Sources) {
 	count("sallyport_namespaces", "Network namespaces with listeners.", src.Netns)
 	count("sallyport_policies", "APIPolicies in force.", src.Policies)
 	count("sallyport_revocations", "Revocations that hold.", src.Revocations)
+	if src.UserspaceUp != nil {
+		gauge("sallyport_userspace_up", "1 while the proxy's process runs and is ready.", func() float64 {
+			if src.UserspaceUp() {
+				return 1
+			}
+			return 0
+		}, nil)
+	}
 	if src.Generation != nil {
 		gauge("sallyport_policy_generation", "Generation of the policy set in force.", func() float64 { return float64(src.Generation()) }, nil)
 	}
@@ -129,16 +138,16 @@ func (m *Metrics) gauges(src Sources) {
 	total("sallyport_observations_refused_total", "Observations too large to be kept or shown.", src.ObservationsRefused)
 }
 
-// Decided counts one decision. A reason, stage or effect that is not known is
-// counted as other: decisions come from the proxy's process.
-func (m *Metrics) Decided(effect flow.Effect, stage flow.Stage, reason flow.Reason, enforced bool) {
+// Decided counts n decisions that ended alike. A reason, stage or effect that
+// is not known is counted as other: decisions come from the proxy's process.
+func (m *Metrics) Decided(effect, stage string, reason flow.Reason, enforced bool, n uint64) {
 	e := "false"
 	if enforced {
 		e = "true"
 	}
-	m.decisions.WithLabelValues(known(effect.String()), known(stage.String()), e).Inc()
-	if effect != flow.EffectAllow {
-		m.refusals.WithLabelValues(m.reasons.label(reason)).Inc()
+	m.decisions.WithLabelValues(known(effect), known(stage), e).Add(float64(n))
+	if effect != flow.EffectAllow.String() {
+		m.refusals.WithLabelValues(m.reasons.label(reason)).Add(float64(n))
 	}
 }
 
@@ -206,11 +215,26 @@ func (m *Metrics) ConnectionsClosed(reason flow.Reason, n int) {
 }
 
 func known(word string) string {
-	if word == "unknown" {
-		return "other"
+	if words[word] {
+		return word
 	}
-	return word
+	return "other"
 }
+
+// words are the effects, stages and actions that flow knows.
+var words = func() map[string]bool {
+	m := map[string]bool{}
+	for e := flow.EffectAllow; e <= flow.EffectTerminate; e++ {
+		m[e.String()] = true
+	}
+	for s := range flow.StageCount {
+		m[s.String()] = true
+	}
+	for a := flow.ActionProxy; a <= flow.ActionDeny; a++ {
+		m[a.String()] = true
+	}
+	return m
+}()
 
 // maxReasons bounds the label reason; package flow has about a hundred.
 const maxReasons = 256

@@ -56,11 +56,11 @@ func TestMetrics(t *testing.T) {
 		Version: "1.2.3", Health: NewHealth(nil),
 		Kernel:     func() map[string]uint64 { return map[string]uint64{"untagged": 3} },
 		EventsLost: nine, SamplesLost: nine, Identities: seven, Netns: seven, Policies: seven, Generation: nine,
-		Revocations: seven, ObservationsRefused: nine,
+		Revocations: seven, ObservationsRefused: nine, UserspaceUp: func() bool { return true },
 	})
-	m.Decided(flow.EffectDeny, flow.StageToken, flow.ReasonTokenExpired, true)
-	m.Decided(flow.EffectAllow, flow.StageCount, "", true)
-	m.Decided(flow.EffectDeny, flow.StageToken, "<script>", false)
+	m.Decided("deny", "token", flow.ReasonTokenExpired, true, 1)
+	m.Decided("allow", "made-up", "", true, 1)
+	m.Decided("deny", "token", "<script>", false, 1)
 	m.LineRefused(LineSign)
 	m.Dialled(DialPeer, errors.New("x"))
 	m.Dialled(DialKind(99), nil)
@@ -85,7 +85,7 @@ func TestMetrics(t *testing.T) {
 		`sallyport_workloads 7`, `sallyport_namespaces 7`, `sallyport_policies 7`, `sallyport_revocations 7`,
 		`sallyport_policy_generation 9`, `sallyport_observations_refused_total 9`,
 		`sallyport_problems{severity="degraded"} 1`, `sallyport_problems{severity="unhealthy"} 0`,
-		`sallyport_build_info{version="1.2.3"} 1`,
+		`sallyport_userspace_up 1`, `sallyport_build_info{version="1.2.3"} 1`,
 		`sallyport_userspace_restarts_total 0`, `sallyport_policy_loads_refused_total 0`, `sallyport_decision_records_lost_total 0`,
 		`sallyport_process_resident_memory_bytes`,
 	} {
@@ -104,7 +104,7 @@ func TestMetrics(t *testing.T) {
 func TestLabelsAreBounded(t *testing.T) {
 	m := New(Sources{})
 	for i := range 10 * maxReasons {
-		m.Decided(flow.EffectDeny, flow.StageToken, flow.Reason(fmt.Sprintf("made_up_%d", i)), true)
+		m.Decided("deny", "token", flow.Reason(fmt.Sprintf("made_up_%d", i)), true, 1)
 	}
 	families, err := m.registry.Gather()
 	if err != nil {

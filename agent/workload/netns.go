@@ -15,7 +15,10 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sallyport-dev/sallyport/agent/sockets"
+	"github.com/sallyport-dev/sallyport/userspace/confine"
 )
 
 // maxNetns bounds the namespaces that are held.
@@ -54,12 +57,40 @@ func (s *scan) namespaces(identities []Identity) {
 			}
 			h.lives = true
 			c.netns[h.ns.Cookie()] = true
+			if h.ns.Cookie() == s.r.own.Cookie() && !c.Unconfined {
+				c.Unconfined = unconfined(pid)
+			}
 			for _, n := range c.names {
 				h.homes[n] = true
 			}
 		}
 	}
 	s.ownAddresses(identities)
+}
+
+// evading are the capabilities that reach past every hook in a shared
+// namespace: AF_PACKET with PACKET_QDISC_BYPASS needs CAP_NET_RAW.
+const evading = 1<<unix.CAP_NET_RAW | 1<<unix.CAP_SYS_ADMIN
+
+// unconfined says whether a process in the agent's namespace can evade. What
+// cannot be read is taken to.
+func unconfined(pid int) bool {
+	proc := strconv.Itoa(pid)
+	status, err := confine.ReadStatus(proc)
+	if err != nil {
+		return !gone(err)
+	}
+	permitted, err := strconv.ParseUint(status.CapPrm, 16, 64)
+	if err != nil {
+		return true
+	}
+	if permitted&evading == 0 {
+		return false
+	}
+	// Capabilities of another user namespace are not over this namespace.
+	mine, err1 := os.Readlink("/proc/self/ns/user")
+	theirs, err2 := os.Readlink("/proc/" + proc + "/ns/user")
+	return err1 != nil || err2 != nil || mine == theirs
 }
 
 // hold returns the namespace of a process, opened once.

@@ -15,7 +15,7 @@ import (
 // watcher tells that something beneath the watched paths has changed; not
 // what. Only as many are watched as allowed: the rescan finds the rest.
 type watcher struct {
-	file    *os.File
+	file    *os.File // nil where the kernel has no more to give
 	max     int
 	changed chan struct{}
 	failed  chan error
@@ -25,16 +25,17 @@ type watcher struct {
 	used    map[string]bool   // in the scan under way
 }
 
+// newWatcher returns a watcher that works, or one that watches nothing and why.
 func newWatcher(most int) (*watcher, error) {
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("watch cgroups: %w; raise fs.inotify.max_user_instances", err)
-	}
 	w := &watcher{
-		file: os.NewFile(uintptr(fd), "inotify"), max: most,
 		changed: make(chan struct{}, 1), failed: make(chan error, 1),
 		watches: map[string]int32{}, cgroups: map[string]uint64{},
 	}
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return w, fmt.Errorf("watch cgroups: %w; raise fs.inotify.max_user_instances", err)
+	}
+	w.file, w.max = os.NewFile(uintptr(fd), "inotify"), most
 	go w.read()
 	return w, nil
 }
@@ -56,7 +57,11 @@ func (w *watcher) read() {
 	}
 }
 
-func (w *watcher) close() { w.file.Close() }
+func (w *watcher) close() {
+	if w.file != nil {
+		w.file.Close()
+	}
+}
 
 // begin starts a scan: what is not added again until end is watched no more.
 func (w *watcher) begin() { w.used = map[string]bool{} }

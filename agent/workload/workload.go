@@ -44,6 +44,10 @@ type Cgroup struct {
 	Top       bool   // the selected cgroup itself, not one beneath it
 	Processes int
 	Netns     []uint64 // cookies of its processes' namespaces
+	// Unconfined says that one of its processes may evade enforcement: it
+	// shares the agent's namespace and has CAP_NET_RAW or CAP_SYS_ADMIN over
+	// it.
+	Unconfined bool
 }
 
 // Netns is a namespace in which identities live, or serve, or have served
@@ -144,7 +148,8 @@ const settle = 5 * time.Millisecond
 func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 	w, err := newWatcher(r.opt.MaxWatches)
 	if err != nil {
-		return err
+		// Slower, and no less right.
+		r.opt.Logger.Warn("changes of cgroups are noticed late", "err", err, "rescan", r.opt.Rescan)
 	}
 	r.watch = w
 	defer func() {
@@ -191,7 +196,7 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 func (t *Table) equal(o *Table) bool {
 	return slices.EqualFunc(t.Cgroups, o.Cgroups, func(a, b Cgroup) bool {
 		return a.ID == b.ID && a.Path == b.Path && a.Identity == b.Identity && a.By == b.By && a.Top == b.Top &&
-			a.Processes == b.Processes && slices.Equal(a.Ambiguous, b.Ambiguous) && slices.Equal(a.Netns, b.Netns)
+			a.Processes == b.Processes && a.Unconfined == b.Unconfined && slices.Equal(a.Ambiguous, b.Ambiguous) && slices.Equal(a.Netns, b.Netns)
 	}) && slices.EqualFunc(t.Netns, o.Netns, func(a, b Netns) bool {
 		return a.Netns == b.Netns && slices.Equal(a.Identities, b.Identities)
 	}) && slices.Equal(t.Problems, o.Problems)

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -243,6 +244,58 @@ func descriptors(t testing.TB) int {
 		t.Fatal(err)
 	}
 	return len(all)
+}
+
+func TestUnconfined(t *testing.T) {
+	testenv.RequireRoot(t)
+	scope := testenv.NewCgroup(t, nil)
+	sleeper(t, cgroup(t, scope, "/root"), nil)
+	sleeper(t, cgroup(t, scope, "/inside"), testenv.NewNetns(t))
+	for name, attr := range map[string]*syscall.SysProcAttr{
+		"user": {Credential: &syscall.Credential{Uid: 65534, Gid: 65534}},
+		"userns": {
+			Cloneflags:  syscall.CLONE_NEWUSER,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 65534, Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 65534, Size: 1}},
+		},
+	} {
+		cmd := exec.Command("sleep", "3600")
+		cmd.SysProcAttr = attr
+		testenv.Start(t, cgroup(t, scope, "/"+name), nil, cmd)
+	}
+	r, until := run(t, scope, Options{Rescan: time.Hour})
+	r.SetIdentities([]Identity{{Name: "r", Path: "/root"}, {Name: "i", Path: "/inside"}, {Name: "u", Path: "/user"}, {Name: "n", Path: "/userns"}})
+	got := until("all four", is("/inside=i:1 /root=r:1 /user=u:1 /userns=n:1"))
+	for _, c := range got.Cgroups {
+		if c.Unconfined != (c.Identity == "r") {
+			t.Errorf("%s: unconfined %v", c.Path, c.Unconfined)
+		}
+	}
+}
+
+// TestWithoutInotify: where the kernel gives no instance, the rescan finds
+// everything.
+func TestWithoutInotify(t *testing.T) {
+	testenv.RequireRoot(t)
+	scope := testenv.NewCgroup(t, nil)
+	r, err := New(Options{Root: testenv.CgroupMount(t), Scope: strings.TrimPrefix(scope.Path, testenv.CgroupMount(t))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.own.Close()
+	r.watch, err = newWatcher(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.watch.close()
+	r.watch.file = nil
+	cgroup(t, scope, "/a/b")
+	r.SetIdentities([]Identity{{Name: "a", Path: "/a"}})
+	for range 2 {
+		if table, _ := r.scan(); show(table) != "/a=a:0 /a/b=a:0" {
+			t.Errorf("got %s", show(table))
+		}
+	}
 }
 
 func TestOwnNamespaceByEndpoint(t *testing.T) {

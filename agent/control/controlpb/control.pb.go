@@ -557,6 +557,7 @@ type Workload struct {
 	Netns         []uint64               `protobuf:"varint,10,rep,packed,name=netns,proto3" json:"netns,omitempty"`                          // cookies
 	Processes     uint32                 `protobuf:"varint,11,opt,name=processes,proto3" json:"processes,omitempty"`
 	Mode          string                 `protobuf:"bytes,12,opt,name=mode,proto3" json:"mode,omitempty"`
+	Unconfined    bool                   `protobuf:"varint,13,opt,name=unconfined,proto3" json:"unconfined,omitempty"` // can evade: shares the host's namespace with CAP_NET_RAW or CAP_SYS_ADMIN
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -673,6 +674,13 @@ func (x *Workload) GetMode() string {
 		return x.Mode
 	}
 	return ""
+}
+
+func (x *Workload) GetUnconfined() bool {
+	if x != nil {
+		return x.Unconfined
+	}
+	return false
 }
 
 type Counter struct {
@@ -2112,7 +2120,7 @@ const file_controlpb_control_proto_rawDesc = "" +
 	"\bposition\x18\x03 \x01(\tR\bposition\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x12%\n" +
 	"\x0eeffective_mode\x18\x05 \x01(\tR\reffectiveMode\x12\x1a\n" +
-	"\bprotects\x18\x06 \x01(\tR\bprotects\"\xd1\x02\n" +
+	"\bprotects\x18\x06 \x01(\tR\bprotects\"\xf1\x02\n" +
 	"\bWorkload\x12\x16\n" +
 	"\x06cgroup\x18\x01 \x01(\tR\x06cgroup\x12\x1b\n" +
 	"\tcgroup_id\x18\x02 \x01(\x04R\bcgroupId\x12\x1a\n" +
@@ -2126,7 +2134,10 @@ const file_controlpb_control_proto_rawDesc = "" +
 	"\x05netns\x18\n" +
 	" \x03(\x04R\x05netns\x12\x1c\n" +
 	"\tprocesses\x18\v \x01(\rR\tprocesses\x12\x12\n" +
-	"\x04mode\x18\f \x01(\tR\x04mode\"3\n" +
+	"\x04mode\x18\f \x01(\tR\x04mode\x12\x1e\n" +
+	"\n" +
+	"unconfined\x18\r \x01(\bR\n" +
+	"unconfined\"3\n" +
 	"\aCounter\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value\"\x8b\x01\n" +
