@@ -50,6 +50,7 @@ type Datapath struct {
 	control bpf.KernelControlValue
 	slots   slots
 	gens    generations
+	levels  levels
 }
 
 // New writes the control record and, where the pins were taken over, voids
@@ -77,13 +78,15 @@ func New(k *loader.Kernel, o Options) (*Datapath, error) {
 	c.StaleAfter = uint64(or(o.StaleAfter, 3*time.Second))
 	c.PortOutbound, c.PortInbound, c.PortTunnel = o.Ports.Outbound, o.Ports.Inbound, o.Ports.Tunnel
 	c.Ceiling = uint8(o.Ceiling)
-	c.Levels = ^uint32(0)
+	// Until Apply says which: an earlier agent's entries are still there.
+	c.Levels = allLevels
 	c.NextNumber = max(c.NextNumber, 1)
 	c.Heartbeat = now()
 	if err := d.slots.restore(d.maps); err != nil {
 		return nil, err
 	}
 	d.gens = newGenerations()
+	d.levels = openLevels()
 	if err := d.DeleteVerdicts(VerdictFilter{}); err != nil {
 		return nil, err
 	}
@@ -141,6 +144,14 @@ func (d *Datapath) SetBudget(samples uint32) error {
 	return d.writeControl()
 }
 
+// Close lets go of what the Datapath holds; the maps are the loader's.
+func (d *Datapath) Close() error {
+	if d.levels.mount == nil {
+		return nil
+	}
+	return d.levels.mount.Close()
+}
+
 // Kernel returns what the Datapath writes to.
 func (d *Datapath) Kernel() *loader.Kernel { return d.kernel }
 
@@ -187,6 +198,9 @@ func (d *Datapath) SetIdentity(cgroupID uint64, i Identity) error {
 	if err := i.valid(); err != nil {
 		return fmt.Errorf("set identity of cgroup %d: %w", cgroupID, err)
 	}
+	if err := d.useLevels(d.levels.bit(cgroupID)); err != nil {
+		return err
+	}
 	v := i.record()
 	if err := d.maps.IdentityByCgroup.Put(cgroupID, &v); err != nil {
 		return fmt.Errorf("set identity of cgroup %d: %w", cgroupID, full(err))
@@ -212,6 +226,9 @@ func (d *Datapath) SetPath(path string, i Identity) error {
 	}
 	if err := i.valid(); err != nil {
 		return fmt.Errorf("set identity of %s: %w", path, err)
+	}
+	if err := d.useLevels(pathBit(path)); err != nil {
+		return err
 	}
 	v := i.record()
 	if err := d.maps.IdentityByPath.Put(&key, &v); err != nil {

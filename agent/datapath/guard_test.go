@@ -281,6 +281,10 @@ func TestCgroupMadeAgainIsKnown(t *testing.T) {
 			t.Fatal("the cgroup has its old id: the test proves nothing")
 		}
 		last = cg.ID
+		// A state that was drawn up before the cgroup was made spares it.
+		s := n.state(flow.ModeEnforce)
+		s.Paths = map[string]Identity{"/" + rel: {Number: serverNumber, Mode: flow.ModeEnforce}}
+		must(t, n.Apply(s))
 		a := testenv.NewActor(t, cg, n.netns)
 		l, err := a.Listen(address4)
 		if err != nil {
@@ -289,7 +293,11 @@ func TestCgroupMadeAgainIsKnown(t *testing.T) {
 		must(t, l.Close())
 		must(t, testenv.RemoveCgroup(path))
 	}
-	must(t, n.DeletePath("/"+rel))
+	var left [16]byte
+	must(t, n.Apply(n.state(flow.ModeEnforce)))
+	if err := n.maps.IdentityByCgroup.Lookup(last, &left); err == nil {
+		t.Error("the identity of a cgroup that is gone is still there")
+	}
 	cg := testenv.MakeCgroup(t, path)
 	if _, err := testenv.NewActor(t, cg, n.netns).Listen(address4); err != unix.EPERM {
 		t.Errorf("after the path was deleted: %v", err)

@@ -100,6 +100,7 @@ func newNode(t testing.TB, mode flow.Mode, change ...func(*loader.Options, *Opti
 	d, err := New(n.kernel, o)
 	must(t, err)
 	n.Datapath = d
+	t.Cleanup(func() { d.Close() })
 	n.netns = testenv.NewNetns(t)
 	testenv.Veth(t, "eth0", n.netns, testenv.NewNetns(t),
 		[]netip.Prefix{netip.PrefixFrom(address4.Addr(), 24), netip.PrefixFrom(address6.Addr(), 64)},

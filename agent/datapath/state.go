@@ -156,10 +156,42 @@ func (d *Datapath) loosen(s State, claims map[bpf.KernelClaimedKey]uint32) error
 	if err := prune(d.maps.IdentityByPath, func(k *bpf.KernelPathKey) bool { return paths[*k] }); err != nil {
 		return fmt.Errorf("prune identities by path: %w", err)
 	}
-	if err := prune(d.maps.IdentityByCgroup, func(id *uint64) bool { _, keep := s.Identities[*id]; return keep }); err != nil {
+	if err := d.pruneIdentities(s); err != nil {
 		return fmt.Errorf("prune identities: %w", err)
 	}
-	return nil
+	return d.narrowLevels(d.levelsOf(s))
+}
+
+// pruneIdentities spares what the kernel itself gave to a cgroup that was
+// made at a known path: the state may have been drawn up before that.
+func (d *Datapath) pruneIdentities(s State) error {
+	var path bpf.KernelPathKey
+	var v bpf.KernelIdentityValue
+	given := make(map[uint64]bool)
+	it := d.maps.IdentityByPath.Iterate()
+	for it.Next(&path, &v) {
+		given[v.Generation] = true
+	}
+	if err := it.Err(); err != nil {
+		return err
+	}
+	return prune(d.maps.IdentityByCgroup, func(id *uint64) bool {
+		if _, keep := s.Identities[*id]; keep {
+			return true
+		}
+		var v bpf.KernelIdentityValue
+		return d.maps.IdentityByCgroup.Lookup(*id, &v) == nil && given[v.Generation] && !d.levels.gone(*id)
+	})
+}
+
+func (d *Datapath) levelsOf(s State) (bits uint32) {
+	for id := range s.Identities {
+		bits |= d.levels.bit(id)
+	}
+	for path := range s.Paths {
+		bits |= pathBit(path)
+	}
+	return bits
 }
 
 // prune removes the keys that are not to be kept.
