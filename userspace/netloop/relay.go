@@ -70,18 +70,18 @@ func pollable(s Stream) *Conn {
 // Relay copies both ways until both are done, and returns the bytes that went each way. The end of one direction is passed on by
 // CloseWrite while the other goes on; a side takes no more input while more than Options.WriteLimit bytes of it wait on the other.
 // An error of either side ends both directions: io.ErrUnexpectedEOF if a TLS peer went without close_notify, os.ErrDeadlineExceeded
-// after o.Idle, the cause of Engine.Kill. Relay clears the deadlines of both and closes neither; after an error the caller
-// should abort what must not look complete.
+// after o.Idle, the cause of Engine.Kill. A TLS handshake that is still to be done is bound by the deadlines that are set; then
+// Relay clears those of both. It closes neither; after an error the caller should abort what must not look complete.
 func Relay(t *Task, a, b Stream, o RelayOptions) (aToB, bToA int64, err error) {
 	for _, s := range []Stream{a, b} {
-		if err := s.SetDeadline(time.Time{}); err != nil {
-			return 0, 0, err
-		}
 		if secured, ok := s.(*tls.Conn); ok {
 			if err := secured.Handshake(); err != nil {
 				return 0, 0, err
 			}
 		}
+	}
+	if err := errors.Join(a.SetDeadline(time.Time{}), b.SetDeadline(time.Time{})); err != nil {
+		return 0, 0, err
 	}
 	if from, to := pollable(a), pollable(b); from != nil && to != nil && from != to {
 		p := &relay{t: t, r: t.l.r, idle: int64(o.Idle), half: [2]half{
@@ -183,11 +183,11 @@ func (p *relay) run() {
 // move does one large read and one write. Under TLS the read is one from the socket, and the records in it are opened one after the
 // other into the same buffer.
 func (p *relay) move(h *half) error {
-	if h.ended {
-		return nil
-	}
 	if h.to.werr != nil {
 		return h.to.werr
+	}
+	if h.ended {
+		return nil
 	}
 	if h.to.broken && h.other.ended {
 		return syscall.EPIPE // the reading of it, which would find the error, is over

@@ -326,6 +326,54 @@ func TestRelayHandshakeFails(t *testing.T) {
 	})
 }
 
+// TestRelayLosesItsTail has both sides end and then one vanish with output of the other still to be taken.
+func TestRelayLosesItsTail(t *testing.T) {
+	onBoth(t, func(t *testing.T, b *bench) {
+		b.start(netloop.Options{WriteLimit: 8 << 20})
+		sent := make(chan struct{})
+		c, errs := b.upstreamed(func(_ *netloop.Task, c *netloop.Conn) {
+			_, _ = io.Copy(io.Discard, c)
+			for range 2 { // more than the kernel takes, less than that and the relay
+				c.Write(make([]byte, 5<<20))
+				_ = c.Flushed(0)
+			}
+			c.CloseWrite()
+			_ = c.Flushed(0)
+			close(sent)
+		}, ways["callbacks"], netloop.RelayOptions{}, nil)
+		c.CloseWrite()
+		await(t, "the server's answer to be taken", sent)
+		eventually(t, "its end to be passed on", func() bool { return b.Stats().BytesRead == 10<<20 })
+		c.SetLinger(0)
+		c.Close()
+		select {
+		case err := <-errs:
+			if err == nil {
+				t.Error("no error, though not all was delivered")
+			}
+		case <-time.After(patience):
+			t.Fatal("the relay goes on")
+		}
+	})
+}
+
+func TestRelayHandshakeIsBound(t *testing.T) {
+	onBoth(t, func(t *testing.T, b *bench) {
+		b.start(netloop.Options{})
+		to := b.serve(echo)
+		_, errs := b.handled(func(task *netloop.Task, c *netloop.Conn) error {
+			u, err := task.Adopt(connecting(t, to))
+			if err != nil {
+				return err
+			}
+			c.SetDeadline(time.Now().Add(30 * time.Millisecond))
+			_, _, err = netloop.Relay(task, dressed(c, "tls", true), u, netloop.RelayOptions{})
+			return err
+		})
+		wantErr(t, errs, os.ErrDeadlineExceeded)
+	})
+}
+
 func TestRelayAfterRead(t *testing.T) {
 	// What was received before Relay, and not read, is part of it.
 	onEachWay(t, func(t *testing.T, b *bench, dress [2]string) {
