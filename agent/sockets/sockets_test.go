@@ -547,18 +547,6 @@ func TestAddressesAndTheirChanges(t *testing.T) {
 	}
 }
 
-func FuzzParseListening(f *testing.F) {
-	f.Add(make([]byte, diagMessageSize))
-	f.Add(append(make([]byte, diagMessageSize), 12, 0, diagCgroupID, 0, 1, 2, 3, 4, 5, 6, 7, 8))
-	f.Add(append(make([]byte, diagMessageSize), 5, 0, 1, 0, 9))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		l, err := parseListening(b)
-		if err == nil && len(b) < diagMessageSize {
-			t.Fatal(l)
-		}
-	})
-}
-
 func BenchmarkDial(b *testing.B) {
 	n := testenv.NewNetns(b)
 	ns := open(b, n)

@@ -283,12 +283,8 @@ func TestWithoutInotify(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.own.Close()
-	r.watch, err = newWatcher(0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.watch.close()
-	r.watch.file = nil
+	r.watch = &watcher{watches: map[string]int32{}, cgroups: map[string]uint64{}}
+	defer r.watch.close()
 	cgroup(t, scope, "/a/b")
 	r.SetIdentities([]Identity{{Name: "a", Path: "/a"}})
 	for range 2 {
