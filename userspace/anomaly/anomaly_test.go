@@ -487,3 +487,81 @@ func BenchmarkScore(b *testing.B) {
 		})
 	}
 }
+
+// TestExtremes scores, and learns in quarantine, the most surprising value
+// there is against a long baseline: every number stays finite.
+func TestExtremes(t *testing.T) {
+	s, err := New(Options{StateDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sm Sample
+	key := ordersKey(100, 1)
+	normal := request("GET", "/v1/orders/123456", "qty=1", 0)
+	for range 3 * ageAt {
+		learn(s, &sm, key, normal, "one")
+	}
+	all := ""
+	for range 2 {
+		for c := range 256 {
+			all += fmt.Sprintf("%%%02x", c)
+		}
+	}
+	worst := request("GET", "/v1/orders/"+strings.Repeat("%27", 50000), "qty="+all+strings.Repeat("&"+all+"="+all, 80), 0)
+	for range 40 {
+		sc := learn(s, &sm, key, worst, "one")
+		if !(sc.P > 0 && sc.P < 0.001) || !(sc.Evidence > 50 && sc.Evidence < 1e5) {
+			t.Fatalf("score %+v", sc)
+		}
+	}
+	if sc := score(s, &sm, key, normal); sc.P < 0.5 {
+		t.Errorf("the normal request afterwards: %+v", sc)
+	}
+	if err := s.Save(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = New(Options{StateDir: s.opt.StateDir}); err != nil || len(s.List()) != 1 {
+		t.Errorf("load: %v", err)
+	}
+}
+
+// TestPlainTraffic learns the little variety that a script sends: still an
+// injection stands out and the next of its kind does not.
+func TestPlainTraffic(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		next func(i int) string
+	}{
+		{"always the same", func(int) string { return "id=5" }},
+		{"counting", func(i int) string { return fmt.Sprint("id=", i+1) }},
+		{"counting from far", func(i int) string { return fmt.Sprint("id=", i+5000) }},
+		{"one of ten", func(i int) string { return fmt.Sprint("id=", i%10) }},
+		{"a word", func(i int) string { return "name=" + []string{"anna", "bert", "carla", "dieter", "eva"}[i%5] }},
+	} {
+		for _, n := range []int{60, 120, 200} {
+			t.Run(fmt.Sprint(c.name, "/", n), func(t *testing.T) {
+				s := newScorer(t)
+				var sm Sample
+				key := Key{API: "demo", Method: "GET", Template: "/v1/items", Warmup: Warmup{Requests: n, Identities: 1}}
+				for i := range n {
+					learn(s, &sm, key, request("GET", "/v1/items", c.next(i), i), "one")
+				}
+				for _, attack := range []string{"' OR '1'='1", "%27%20OR%20%271%27%3D%271", "<script>alert(1)</script>", "../../etc/passwd", "1;rm -rf /"} {
+					q := c.next(0) + attack
+					if sc := score(s, &sm, key, request("GET", "/v1/items", q, n)); !sc.Warm || sc.P > 0.02 {
+						t.Errorf("%s: P %.4f, N %d, warm %v", q, sc.P, sc.N, sc.Warm)
+					}
+				}
+				if sc := score(s, &sm, key, request("GET", "/v1/items", c.next(0)+"&debug=1", n)); sc.P > 0.02 {
+					t.Errorf("a new parameter: P %.4f", sc.P)
+				}
+				for i := range 20 {
+					q := c.next(n + i)
+					if sc := learn(s, &sm, key, request("GET", "/v1/items", q, n+i), "one"); sc.P <= 0.02 {
+						t.Errorf("%s: P %.4f of a normal request: %v", q, sc.P, sc.Components)
+					}
+				}
+			})
+		}
+	}
+}

@@ -126,7 +126,7 @@ func (e *endpoint) scoreParts(sm *Sample) {
 	for i := range int(st.Extras) {
 		ratio *= presence(float64(st.ExtraCounts[i]), n, seen&(1<<(maxParameters+i)) != 0)
 	}
-	sm.bits[PartParameters] = -math.Log2(max(ratio, math.SmallestNonzeroFloat64)) - math.Log2(st.Sets.tail(set*mix1))
+	sm.bits[PartParameters] = surprise(ratio) + surprise(st.Sets.tail(set*mix1))
 }
 
 func presence(count, n float64, present bool) float64 {

@@ -10,7 +10,8 @@ const (
 	leastWindow     = 256
 	quarantineSize  = 5
 	quarantineBelow = 0.01
-	leastRepeats    = 8 // how often a novelty must come before it is learned
+	leastRepeats    = 8  // how often a novelty must come before it is learned
+	aloneRepeats    = 64 // the same where a single identity suffices
 )
 
 // life says how far a baseline is, and bounds what one identity adds to it:
@@ -77,7 +78,7 @@ type quarantined struct {
 
 // release notes that an identity sent a novelty and says whether a quorum
 // has: as many distinct identities as the warm-up asks for, at most four, and
-// at least leastRepeats requests.
+// at least leastRepeats (aloneRepeats) requests.
 func release(slots []quarantined, kind uint64, who uint64, w Warmup) bool {
 	k, id := uint32(kind>>32)|1, uint32(who>>32)
 	least := 0
@@ -93,7 +94,7 @@ func release(slots []quarantined, kind uint64, who uint64, w Warmup) bool {
 			return true
 		}
 		q.note(id)
-		if int(q.Known) >= min(w.Identities, len(q.Identities)) && q.Count >= leastRepeats {
+		if int(q.Known) >= min(w.Identities, len(q.Identities)) && q.Count >= repeats(w) {
 			q.Released = 1
 		}
 		return false
@@ -108,6 +109,13 @@ func release(slots []quarantined, kind uint64, who uint64, w Warmup) bool {
 	slots[least] = quarantined{Kind: k}
 	slots[least].note(id)
 	return false
+}
+
+func repeats(w Warmup) uint16 {
+	if w.Identities < 2 {
+		return aloneRepeats
+	}
+	return leastRepeats
 }
 
 func (q *quarantined) note(id uint32) {

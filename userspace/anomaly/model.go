@@ -146,8 +146,8 @@ func (p *parameter) score(f *feature, index uint8, sm *Sample) {
 		PartLength:     p.lengthBits(f.length),
 		PartCharacters: p.characterBits(f, n),
 		PartPairs:      p.pairBits(f, n),
-		PartShape:      -math.Log2(p.Shapes.tail(f.shape)),
-		PartValue:      -math.Log2(p.Kinds.tail(f.value)),
+		PartShape:      surprise(p.Shapes.tail(f.shape)),
+		PartValue:      surprise(p.Kinds.tail(f.value)),
 	}
 	sum := 0.0
 	for i := PartLength; i < valueParts; i++ {
@@ -173,6 +173,9 @@ func (sm *Sample) raise(part Part, bits float64, index uint8) {
 	}
 }
 
+// surprise is a probability in bits, at most about a thousand.
+func surprise(p float64) float64 { return -math.Log2(max(p, 1e-300)) }
+
 func (p *parameter) characterBits(f *feature, n float64) float64 {
 	ratio := 1.0
 	for m := f.symbols; m != 0; m &= m - 1 {
@@ -181,7 +184,7 @@ func (p *parameter) characterBits(f *feature, n float64) float64 {
 	for m := uint64(f.twice); m != 0; m &= m - 1 {
 		ratio *= (float64(p.Twice[trailing(m)]) + 0.5) / (n + 1)
 	}
-	return -math.Log2(ratio)
+	return surprise(ratio)
 }
 
 func (p *parameter) pairBits(f *feature, n float64) float64 {
@@ -189,7 +192,7 @@ func (p *parameter) pairBits(f *feature, n float64) float64 {
 	for m := f.pairs; m != 0; m &= m - 1 {
 		ratio *= (float64(p.Pairs[trailing(m)]) + 0.5) / (n + 1)
 	}
-	return -math.Log2(ratio)
+	return surprise(ratio)
 }
 
 // lengthBits is the two-sided tail of the length, and beyond the longest

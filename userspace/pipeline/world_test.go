@@ -202,6 +202,7 @@ type world struct {
 	relations *relation.Engine
 	anomalies *anomaly.Scorer
 	key       *ecdsa.PrivateKey
+	jwks      []byte
 	now       time.Time
 	blocks    int // how often a decision had to wait
 }
@@ -257,6 +258,7 @@ func (w *world) newTokens() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.jwks = keys
 	w.tokens = token.New(token.Options{})
 	if err := w.tokens.SetIssuer(token.Issuer{Name: "shop/sso", URL: issuerURL, Algorithms: []string{"ES256"}, MaxLifetime: 15 * time.Minute}); err != nil {
 		w.t.Fatal(err)
