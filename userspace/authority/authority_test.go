@@ -486,6 +486,56 @@ func (a *testAuthority) roots(t *testing.T) [][]byte {
 	return [][]byte{certs[0].Raw}
 }
 
+// A node's own leaf chains to the authority's root too; it is not the
+// authority for that, neither to who joins nor to who renews.
+func TestNodeIsNotTheAuthority(t *testing.T) {
+	a := start(t, options(t))
+	text := a.token(t, "n2", idB)
+	rogue := a.node(t, "n1", a.token(t, "n1", idA))
+	if err := rogue.Enroll(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	key := newKey(t)
+	chain, err := rogue.Sign(csrOf(t, key), idA, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: append(chain, a.roots(t)...), PrivateKey: key}}, ClientAuth: tls.RequestClientCert,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told atomic.Bool
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			if n, _ := c.Read(make([]byte, 1)); n != 0 {
+				told.Store(true)
+			}
+			c.Close()
+		}
+	}()
+	c, err := NewClient(listener.Addr().String(), "td", text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.Join(t.Context(), csrOf(t, newKey(t)))
+	wantReason(t, "join", err, flow.ReasonPeerMismatch)
+	_, err = c.Renew(t.Context(), csrOf(t, key), tls.Certificate{}, a.roots(t))
+	wantReason(t, "renew", err, flow.ReasonPeerMismatch)
+	listener.Close()
+	<-served
+	if told.Load() {
+		t.Error("it was told something")
+	}
+}
+
 func TestCreateTokenRefuses(t *testing.T) {
 	o := options(t)
 	for name, c := range map[string]struct {

@@ -4,6 +4,7 @@ package identity
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -296,6 +297,100 @@ func TestRevokedOnResumption(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The server alone decides that a ticket is void: this client keeps all.
+func TestServerVoidsTickets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := openCA(t, CAOptions{StateDir: t.TempDir()})
+		leaves := newLeaves(t, signWith(ca, 10*time.Hour), otherID)
+		if _, err := leaves.Wait(t.Context(), otherID); err != nil {
+			t.Fatal(err)
+		}
+		verifier := NewVerifier(VerifierOptions{Bundle: bundleOf(t, ca.Trust())})
+		server := ServerConfig(ServerOptions{Leaves: leaves, Verifier: verifier})
+		client := &tls.Config{
+			InsecureSkipVerify: true, ServerName: ServerName(otherID), NextProtos: []string{"h2"}, ClientSessionCache: tls.NewLRUClientSessionCache(4),
+		}
+		present := func(ttl time.Duration) (end time.Time) {
+			t.Helper()
+			key := newKey(t)
+			chain, err := ca.Sign(csrOf(t, key), testID, ttl)
+			if err != nil {
+				t.Fatal(err)
+			}
+			leaf, err := x509.ParseCertificate(chain[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			client.Certificates = []tls.Certificate{{Certificate: chain, PrivateKey: key}}
+			return leaf.NotAfter
+		}
+		resumed := func(what string, want bool) {
+			t.Helper()
+			if o := connect(client, server); o.err() != nil || o.server.DidResume != want {
+				t.Errorf("%s: %v, resumed %v, want %v", what, o.err(), o.server.DidResume, want)
+			}
+		}
+		present(10 * time.Hour)
+		resumed("first", false)
+		resumed("second", true)
+		list, err := NewRevocations([]Revocation{{Kind: RevokeIdentity, Value: "spiffe://td/unrelated"}}, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		verifier.SetRevocations(list)
+		resumed("after a revocation", false)
+		resumed("once more", true)
+		verifier.SetBundle(bundleOf(t, ca.Trust()))
+		resumed("after a change of trust", false)
+		resumed("once more", true)
+		time.Sleep(ticketLife)
+		resumed("with an old ticket key", false)
+
+		client.ClientSessionCache = tls.NewLRUClientSessionCache(4)
+		end := present(10 * time.Second)
+		resumed("with a short leaf", false)
+		resumed("once more", true)
+		time.Sleep(time.Until(end) - sessionMargin/2)
+		present(10 * time.Second)
+		resumed("when the leaf of the session is about to end", false)
+	})
+}
+
+// So does the client: the leaf of the server's side of a session must live.
+func TestClientForgetsSessions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := openCA(t, CAOptions{StateDir: t.TempDir()})
+		p := &pair{ca: ca, sessions: NewSessions(4), verifier: NewVerifier(VerifierOptions{Bundle: bundleOf(t, ca.Trust())})}
+		p.leaves = newLeaves(t, func(_ context.Context, id string, csr []byte) ([][]byte, error) {
+			if id == testID {
+				return ca.Sign(csr, id, time.Hour)
+			}
+			return ca.Sign(csr, id, 20*time.Second)
+		}, testID, otherID)
+		for _, id := range []string{testID, otherID} {
+			if _, err := p.leaves.Wait(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.server = ServerConfig(ServerOptions{Leaves: p.leaves, Verifier: p.verifier})
+		served, err := p.leaves.Get(otherID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resumed := func(what string, want bool) {
+			t.Helper()
+			if o := connect(p.client(t), p.server); o.err() != nil || o.client.DidResume != want {
+				t.Errorf("%s: %v, resumed %v, want %v", what, o.err(), o.client.DidResume, want)
+			}
+		}
+		resumed("first", false)
+		time.Sleep(time.Until(served.NotAfter) - 2*sessionMargin)
+		resumed("with a server's leaf that lives", true)
+		time.Sleep(time.Until(served.NotAfter) - sessionMargin/2)
+		resumed("with one that is about to end", false)
+	})
 }
 
 func TestHandshakeRefusals(t *testing.T) {

@@ -133,7 +133,6 @@ type Verifier struct {
 type proof struct {
 	digest    [32]byte
 	bundle    *Bundle
-	role      Role
 	peer      Peer
 	notBefore time.Time // the latest of the chain
 	serials   []string  // of the leaf and the intermediates
@@ -188,11 +187,11 @@ func (v *Verifier) Verify(chain []*x509.Certificate, role Role, now time.Time) (
 	if err := checkSize(len(chain), func(i int) int { return len(chain[i].Raw) }); err != nil {
 		return Peer{}, err
 	}
-	digest := digestChain(chain)
+	digest := digestChain(chain, role)
 	bundle := v.bundle.Load()
-	slot := &v.proven[digest[0]^byte(role)<<7] // one identity is often both client and server
+	slot := &v.proven[digest[0]]
 	p := slot.Load()
-	if p == nil || p.digest != digest || p.bundle != bundle || p.role != role {
+	if p == nil || p.digest != digest || p.bundle != bundle {
 		var err error
 		if p, err = prove(chain, role, bundle, now); err != nil {
 			return Peer{}, err
@@ -242,8 +241,9 @@ func checkSize(n int, size func(int) int) error {
 	return nil
 }
 
-func digestChain(chain []*x509.Certificate) (digest [32]byte) {
+func digestChain(chain []*x509.Certificate, role Role) (digest [32]byte) {
 	h := sha256.New()
+	h.Write([]byte{byte(role)})
 	for _, c := range chain { // DER carries its own length: no two chains look alike
 		h.Write(c.Raw)
 	}
@@ -254,7 +254,7 @@ func digestChain(chain []*x509.Certificate) (digest [32]byte) {
 // prove checks all that depends on the chain, the bundle and the role.
 func prove(chain []*x509.Certificate, role Role, bundle *Bundle, now time.Time) (*proof, error) {
 	leaf := chain[0]
-	p := &proof{role: role, notBefore: leaf.NotBefore, peer: Peer{
+	p := &proof{notBefore: leaf.NotBefore, peer: Peer{
 		Serial: Serial(leaf.SerialNumber), Thumbprint: sha256.Sum256(leaf.Raw), NotAfter: leaf.NotAfter,
 	}}
 	id, err := leafID(leaf)
