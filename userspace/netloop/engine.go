@@ -28,6 +28,8 @@ var (
 	ErrStalled = errors.New("peer stopped reading")
 	// ErrBusy is a second Read or AwaitRead while another task is in one.
 	ErrBusy = errors.New("connection is being read by another task")
+	// ErrPanicked ends the connections of a task that panicked, and a Relay in which something did.
+	ErrPanicked = errors.New("task panicked")
 	// ErrTooManyConns refuses a connection over Options.MaxConns.
 	ErrTooManyConns = errors.New("too many connections")
 )

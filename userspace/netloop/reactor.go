@@ -114,19 +114,14 @@ func (r *reactor) release() {
 	sysClose(r.evfd)
 }
 
-// run is the loop. A task that calls runtime.Goexit takes this goroutine with it, so the loop then goes on in another.
+// run is the loop. A task that calls runtime.Goexit ends in order but takes this goroutine with it, so the loop goes on in another.
 func (r *reactor) run() {
 	done := false
 	defer func() {
 		if done {
 			return
 		}
-		if t := r.l.cur; t != nil {
-			r.l.cur = nil
-			if !t.done {
-				t.finish(ErrClosed)
-			}
-		}
+		r.l.cur = nil
 		r.l.e.wg.Go(r.run)
 	}()
 	for !r.finished() {
@@ -345,7 +340,7 @@ func (r *reactor) pump(p *relay) {
 		if cause := recover(); cause != nil {
 			r.l.e.panics.Add(1)
 			r.l.e.log.Error("relay panicked", "panic", fmt.Sprint(cause), "stack", string(debug.Stack()))
-			p.finish(ErrClosed)
+			p.finish(ErrPanicked)
 		}
 	}()
 	p.scheduled = false

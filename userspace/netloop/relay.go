@@ -288,7 +288,7 @@ func relayTasks(t *Task, a, b Stream, o RelayOptions) (aToB, bToA int64, err err
 
 // direction runs one way. Its error ends the other by a deadline in the past.
 func (p *pair) direction(t *Task, src, dst Stream, moved *int64) {
-	err := error(ErrClosed) // of a panic
+	err := ErrPanicked // unless copy returns
 	defer func() {
 		p.left--
 		if err != nil && p.err == nil {

@@ -77,7 +77,7 @@ func (t *Task) run() {
 		if p := recover(); p != nil {
 			t.l.e.panics.Add(1)
 			t.l.e.log.Error("task panicked", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
-			cause = ErrClosed
+			cause = ErrPanicked
 		}
 		t.finish(cause)
 	}()
