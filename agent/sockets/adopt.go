@@ -40,8 +40,11 @@ func (n *Netns) Adopt(ports []uint16, owned func(cgroup uint64) bool) ([]Adopted
 			want[l.Inode] = l
 		}
 	}
+	if len(want) == 0 {
+		return nil, nil
+	}
 	var got []Adopted
-	err = walkSockets(func(pid, fd int, inode uint64) (bool, error) {
+	err = walkSockets(n.holds, func(pid, fd int, inode uint64) (bool, error) {
 		l, ok := want[inode]
 		if !ok {
 			return len(want) > 0, nil
@@ -102,7 +105,7 @@ func (n *Netns) holder(a netip.AddrPort) string {
 		return ""
 	}
 	who := ""
-	_ = walkSockets(func(pid, _ int, inode uint64) (bool, error) {
+	_ = walkSockets(func(string) bool { return true }, func(pid, _ int, inode uint64) (bool, error) {
 		if inode != all[i].Inode {
 			return true, nil
 		}
@@ -126,19 +129,31 @@ func cgroupOf(proc string) string {
 	return "?"
 }
 
-// walkSockets calls f with every socket descriptor of every process, until it
-// returns false or an error. Processes that end meanwhile are passed over.
-func walkSockets(f func(pid, fd int, inode uint64) (more bool, err error)) error {
+// holds says whether the process at proc is in the namespace: a server that
+// is in another than its socket is not looked for.
+func (n *Netns) holds(proc string) bool {
+	link, err := os.Readlink(proc + "/ns/net")
+	return err == nil && link == fmt.Sprintf("net:[%d]", n.inode)
+}
+
+// walkSockets calls f with every socket descriptor of the processes that look
+// says to look at, until it returns false or an error. Processes that end
+// meanwhile are passed over.
+func walkSockets(look func(proc string) bool, f func(pid, fd int, inode uint64) (more bool, err error)) error {
 	procs, err := os.ReadDir("/proc")
 	if err != nil {
 		return fmt.Errorf("list processes: %w", err)
 	}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
-		if err != nil {
+		if err != nil { // not a process
 			continue
 		}
-		dir := filepath.Join("/proc", p.Name(), "fd")
+		proc := filepath.Join("/proc", p.Name())
+		if !look(proc) {
+			continue
+		}
+		dir := filepath.Join(proc, "fd")
 		fds, err := os.ReadDir(dir)
 		if err != nil {
 			continue

@@ -9,10 +9,6 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"sync"
-	"time"
-
-	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
 )
@@ -20,7 +16,7 @@ import (
 // Defaults of Options.
 const (
 	DefaultWorkers = 64
-	DefaultQueue   = 1024
+	DefaultQueue   = 4096
 	maxQueuedBytes = 8 << 20 // of messages in one queue
 	maxPending     = 1 << 16 // calls without an answer
 )
@@ -35,9 +31,11 @@ type Options struct {
 	Handle func(context.Context, *Incoming)
 	// Concurrent says which requests need no order; nil: none.
 	Concurrent func(*linepb.Message) bool
-	Workers    int // concurrent requests handled at once; beyond, "overload" is answered
-	Queue      int // messages waiting, in each direction
-	Logger     *slog.Logger
+	Workers    int // concurrent requests handled at once
+	// Queue bounds what waits: ordered messages, concurrent requests (beyond,
+	// "overload" is answered), and messages to be sent (ErrBusy).
+	Queue  int
+	Logger *slog.Logger
 }
 
 // Conn is one end of the line with calls in both directions. Its methods may
@@ -56,7 +54,7 @@ type Conn struct {
 
 	out     outbox
 	ordered inbox
-	slots   chan struct{}
+	workers workers
 }
 
 // NewConn starts calls and dispatch on s, which it takes over.
@@ -74,7 +72,6 @@ func NewConn(s *Socket, opt Options) *Conn {
 		s: s, opt: opt,
 		done:    make(chan struct{}),
 		pending: make(map[uint64]func(*linepb.Message, []int, error)),
-		slots:   make(chan struct{}, opt.Workers),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.out.wake = make(chan struct{}, 1)
@@ -195,6 +192,7 @@ func (c *Conn) fail(err error) {
 	c.cancel()
 	c.out.close()
 	c.ordered.close()
+	c.workers.drop()
 	close(c.done)
 	for _, done := range pending {
 		done(nil, nil, ErrClosed)
@@ -251,17 +249,31 @@ func (c *Conn) answer(id uint64, m *linepb.Message, fds []int, err error) bool {
 
 func (c *Conn) spawn(m *linepb.Message, fds []int) {
 	in := newIncoming(c, m, fds)
-	select {
-	case c.slots <- struct{}{}:
-	default:
-		in.Refuse("overload")
-		in.close()
+	w := &c.workers
+	w.mu.Lock()
+	switch {
+	case w.running < c.opt.Workers:
+		w.running++
+		w.mu.Unlock()
+		go c.work(in)
+		return
+	case len(w.waiting) < c.opt.Queue && w.bytes < maxQueuedBytes:
+		w.waiting = append(w.waiting, in)
+		w.bytes += in.size
+		w.mu.Unlock()
 		return
 	}
-	go func() {
-		defer func() { <-c.slots }()
+	w.mu.Unlock()
+	in.Refuse("overload")
+	in.close()
+}
+
+// work handles in and then what waits.
+func (c *Conn) work(in *Incoming) {
+	for in != nil {
 		c.handle(in)
-	}()
+		in = c.workers.next()
+	}
 }
 
 func (c *Conn) handleOrdered() {
@@ -290,284 +302,4 @@ func (c *Conn) handle(in *Incoming) {
 	}
 	c.opt.Handle(c.ctx, in)
 	in.Refuse("not answered") // no effect after Reply, or where it was kept
-}
-
-// Incoming is a message from the other end.
-type Incoming struct {
-	Message *linepb.Message
-	conn    *Conn
-	mu      sync.Mutex
-	fds     []int
-	replied bool
-	later   bool
-	size    int // as the queue counts it
-}
-
-func newIncoming(c *Conn, m *linepb.Message, fds []int) *Incoming {
-	return &Incoming{Message: m, conn: c, fds: fds, size: proto.Size(m) + 64}
-}
-
-// Descriptors returns how many descriptors have not been taken.
-func (in *Incoming) Descriptors() int {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	return len(in.fds)
-}
-
-// TakeFDs returns the descriptors, which become the caller's.
-func (in *Incoming) TakeFDs() []int {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	fds := in.fds
-	in.fds = nil
-	return fds
-}
-
-// Later says that Reply will be called after the handler has returned.
-func (in *Incoming) Later() {
-	in.mu.Lock()
-	in.later = true
-	in.mu.Unlock()
-}
-
-// Reply answers a request, once; m may hold nothing but a body. A message
-// that asked for no answer gets none. fds stay the caller's.
-func (in *Incoming) Reply(m *linepb.Message, fds ...int) error {
-	in.mu.Lock()
-	first := !in.replied
-	in.replied = true
-	in.mu.Unlock()
-	if in.Message.Id == 0 || !first {
-		return nil
-	}
-	m.Id, m.Reply = in.Message.Id, true
-	return in.conn.send(m, fds)
-}
-
-// Refuse answers a request with an error in place of a body, unless it has
-// been answered or will be later.
-func (in *Incoming) Refuse(why string) {
-	in.mu.Lock()
-	skip := in.later || in.replied
-	in.mu.Unlock()
-	if skip {
-		return
-	}
-	if err := in.Reply(&linepb.Message{Error: why}); err != nil && !errors.Is(err, ErrClosed) {
-		in.conn.opt.Logger.Warn("line request not answered", "body", fmt.Sprintf("%T", in.Message.Body), "err", err)
-	}
-}
-
-func (in *Incoming) close() { closeAll(in.TakeFDs()) }
-
-// inbox holds the ordered messages that wait for the handler. When it is full
-// the reader waits, and with it the other end: nothing is lost.
-type inbox struct {
-	mu     sync.Mutex
-	change *sync.Cond
-	items  []*Incoming
-	bytes  int
-	closed bool
-}
-
-func (q *inbox) init() { q.change = sync.NewCond(&q.mu) }
-
-func (q *inbox) put(in *Incoming, limit int) bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for !q.closed && len(q.items) > 0 && (len(q.items) >= limit || q.bytes >= maxQueuedBytes) {
-		q.change.Wait()
-	}
-	if q.closed {
-		return false
-	}
-	q.items = append(q.items, in)
-	q.bytes += in.size
-	q.change.Broadcast()
-	return true
-}
-
-func (q *inbox) get() *Incoming {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for !q.closed && len(q.items) == 0 {
-		q.change.Wait()
-	}
-	if q.closed {
-		return nil
-	}
-	in := q.items[0]
-	q.items[0] = nil
-	q.items = q.items[1:]
-	q.bytes -= in.size
-	q.change.Broadcast()
-	return in
-}
-
-func (q *inbox) close() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.closed = true
-	for _, in := range q.items {
-		in.close()
-	}
-	q.items = nil
-	q.change.Broadcast()
-}
-
-// outbox holds datagrams that did not fit into the socket.
-type outbox struct {
-	mu     sync.Mutex
-	items  []datagram
-	bytes  int
-	closed bool
-	wake   chan struct{}
-	// sending: the first item is being sent; its descriptors are the
-	// sender's to close.
-	sending bool
-}
-
-type datagram struct {
-	b   []byte
-	fds []int // duplicates of ours
-}
-
-// send sends m now if nothing waits before it and the socket has room, and
-// queues it otherwise.
-func (c *Conn) send(m *linepb.Message, fds []int) error {
-	b, fds, release, err := prepare(m, fds)
-	if err != nil {
-		return err
-	}
-	defer release()
-	o := &c.out
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.closed {
-		return ErrClosed
-	}
-	if len(o.items) == 0 {
-		sent, err := c.s.trySend(b, fds)
-		if sent || err != nil {
-			return err
-		}
-	}
-	full := len(o.items) >= c.opt.Queue || o.bytes+len(b) > maxQueuedBytes
-	if full && !m.Reply {
-		return ErrBusy
-	}
-	if full && len(o.items) >= 2*c.opt.Queue {
-		// Whoever asks and reads no answer is not served any longer; a lost
-		// answer would leave its caller waiting for ever.
-		go c.fail(fmt.Errorf("%w: its answers are not read", ErrBusy))
-		return ErrBusy
-	}
-	own, err := duplicate(fds)
-	if err != nil {
-		return err
-	}
-	o.items = append(o.items, datagram{b, own})
-	o.bytes += len(b)
-	select {
-	case o.wake <- struct{}{}:
-	default:
-	}
-	return nil
-}
-
-// write sends what was queued, waiting for room.
-func (c *Conn) write() {
-	for {
-		select {
-		case <-c.out.wake:
-		case <-c.done:
-			return
-		}
-		for {
-			d, ok := c.out.first()
-			if !ok {
-				break
-			}
-			// first stays in the queue meanwhile, so that nothing overtakes it.
-			_, _, err := c.s.conn.WriteMsgUnix(d.b, rights(d.fds), nil)
-			c.out.drop(d)
-			if err != nil {
-				c.fail(sendError(err))
-				return
-			}
-		}
-	}
-}
-
-func (o *outbox) first() (datagram, bool) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.closed || len(o.items) == 0 {
-		return datagram{}, false
-	}
-	o.sending = true
-	return o.items[0], true
-}
-
-func (o *outbox) drop(d datagram) {
-	closeAll(d.fds)
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.sending = false
-	if o.closed {
-		return
-	}
-	o.items[0] = datagram{}
-	o.items = o.items[1:]
-	o.bytes -= len(d.b)
-}
-
-func (o *outbox) close() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.closed = true
-	for i, d := range o.items {
-		if i > 0 || !o.sending {
-			closeAll(d.fds)
-		}
-	}
-	o.items = nil
-}
-
-func duplicate(fds []int) ([]int, error) {
-	var own []int
-	for _, fd := range fds {
-		d, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-		if err != nil {
-			closeAll(own)
-			return nil, fmt.Errorf("duplicate descriptor for line: %w", err)
-		}
-		own = append(own, d)
-	}
-	return own, nil
-}
-
-// Orphan is what the userspace process does when the agent is gone: an
-// orphan that kept its listeners would go on serving (a SOCKMAP entry lives
-// as long as its socket), under rules that nobody can change any more.
-type Orphan struct {
-	Listeners   func()        // close the listeners; called at once
-	Connections func()        // cut what still lives; called after Grace
-	Draining    func() bool   // told to drain: connections then end by themselves
-	Grace       time.Duration // 5 s where it is 0
-}
-
-// Watch waits for the end of c and acts it out; it returns when everything
-// has been closed, or when the connections may end by themselves.
-func (o Orphan) Watch(c *Conn) {
-	<-c.Done()
-	o.Listeners()
-	if o.Draining != nil && o.Draining() {
-		return
-	}
-	if o.Grace == 0 {
-		o.Grace = 5 * time.Second
-	}
-	time.Sleep(o.Grace)
-	o.Connections()
 }

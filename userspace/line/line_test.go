@@ -331,7 +331,7 @@ func all(*linepb.Message) bool { return true }
 
 func TestCallsFromManyGoroutines(t *testing.T) {
 	before := descriptorsOpen(t)
-	agent, user := conns(t, Options{Concurrent: all, Workers: 512, Handle: func(_ context.Context, in *Incoming) {
+	agent, user := conns(t, Options{Concurrent: all, Workers: 3, Handle: func(_ context.Context, in *Incoming) {
 		if in.Message.GetDial().GetPort()%2 == 0 {
 			in.Reply(&linepb.Message{Body: &linepb.Message_DialReply{DialReply: &linepb.DialReply{Error: fmt.Sprint(in.Message.GetDial().GetPort())}}})
 			return
@@ -401,7 +401,7 @@ func TestOrderAndBackPressure(t *testing.T) {
 func TestOverloadAndPanicAndSilence(t *testing.T) {
 	hold := make(chan struct{})
 	entered := make(chan struct{}, 1)
-	_, user := conns(t, Options{Concurrent: all, Workers: 1, Handle: func(_ context.Context, in *Incoming) {
+	_, user := conns(t, Options{Concurrent: all, Workers: 1, Queue: 1, Handle: func(_ context.Context, in *Incoming) {
 		switch in.Message.GetDial().GetPort() {
 		case 1:
 			entered <- struct{}{}
@@ -414,6 +414,8 @@ func TestOverloadAndPanicAndSilence(t *testing.T) {
 	first := make(chan error, 1)
 	user.Go(dial(1), func(_ *linepb.Message, _ []int, err error) { first <- err })
 	<-entered
+	waits := make(chan error, 1)
+	user.Go(dial(3), func(_ *linepb.Message, _ []int, err error) { waits <- err })
 	if _, _, err := user.Call(t.Context(), dial(3)); err == nil || !strings.Contains(err.Error(), "overload") {
 		t.Fatalf("beyond its workers: %v", err)
 	}
@@ -421,19 +423,12 @@ func TestOverloadAndPanicAndSilence(t *testing.T) {
 	if err := <-first; err != nil {
 		t.Fatal(err)
 	}
+	if err := <-waits; err == nil || !strings.Contains(err.Error(), "not answered") {
+		t.Fatalf("what waited for the worker: %v", err)
+	}
 	for port, want := range map[uint32]string{2: "internal", 3: "not answered"} {
-		for {
-			_, _, err := user.Call(t.Context(), dial(port))
-			if err == nil {
-				t.Fatal("answered")
-			}
-			if strings.Contains(err.Error(), "overload") { // the one worker is just ending
-				continue
-			}
-			if !strings.Contains(err.Error(), want) {
-				t.Fatalf("got %v, want %s", err, want)
-			}
-			break
+		if _, _, err := user.Call(t.Context(), dial(port)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Fatalf("got %v, want %s", err, want)
 		}
 	}
 }
