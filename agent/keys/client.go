@@ -38,14 +38,11 @@ func newClient(opt *Options) *client {
 // the second time no way around it. Environment proxies are not used: behind
 // one, an address could not be judged.
 func (c *client) make(control func(network, address string, _ syscall.RawConn) error) http.Client {
-	dialer := &net.Dialer{Timeout: c.opt.Timeout, Control: control}
+	dialer := &net.Dialer{Control: control}
 	return http.Client{
-		Timeout: c.opt.Timeout,
 		Transport: &http.Transport{
 			DialContext:            dialer.DialContext,
 			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: c.opt.RootCAs},
-			TLSHandshakeTimeout:    c.opt.Timeout,
-			ResponseHeaderTimeout:  c.opt.Timeout,
 			MaxResponseHeaderBytes: 32 << 10,
 			MaxConnsPerHost:        2,
 			MaxIdleConns:           parallel,
@@ -121,6 +118,7 @@ func judgeAddress(a netip.Addr) error {
 }
 
 // get fetches a document, nil where the server says that it has not changed.
+// One deadline covers all of it, from the look-up to the last byte.
 func (c *client) get(ctx context.Context, url string, tenant bool, had validator) ([]byte, validator, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.opt.Timeout)
 	defer cancel()
@@ -157,6 +155,10 @@ func (c *client) get(ctx context.Context, url string, tenant bool, had validator
 		return nil, validator{}, fmt.Errorf("it is over %d bytes", MaxDocument)
 	}
 	document, err := bounded(res.Body)
+	if err == nil {
+		// A server that sees us leave may end its body in form, cut as it is.
+		err = ctx.Err()
+	}
 	if err != nil {
 		return nil, validator{}, err
 	}

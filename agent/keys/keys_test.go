@@ -7,6 +7,8 @@ import (
 	"compress/gzip"
 	"crypto/x509"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -40,10 +42,12 @@ func newServer(t *testing.T, h http.HandlerFunc) *server {
 	t.Helper()
 	s := &server{}
 	s.handler.Store(&h)
-	s.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.hits.Add(1)
 		(*s.handler.Load())(w, r)
 	}))
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.StartTLS()
 	t.Cleanup(s.Close)
 	return s
 }
@@ -121,7 +125,7 @@ func TestFetch(t *testing.T) {
 				}
 			}
 		}, "", "deadline exceeded"},
-		{"silent", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "", "exceeded"},
+		{"silent", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "", "deadline exceeded"},
 		{"compressed", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Encoding", "gzip")
 			z := gzip.NewWriter(w)

@@ -191,13 +191,3 @@ func readProof(c *Claims, raw map[string]any) bool {
 	copy(c.Thumbprint[:], b)
 	return true
 }
-
-// contains says whether word is among words.
-func contains(words []string, word string) bool {
-	for _, w := range words {
-		if w == word {
-			return true
-		}
-	}
-	return false
-}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"math"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -102,7 +103,7 @@ func FuzzClaims(f *testing.F) {
 			}
 			return
 		}
-		if got.Issuer != testURL || got.Subject == "" || !contains(got.Audience, testAudience) || got.Bound || !got.Expiry.After(time.Now().Add(-time.Minute)) {
+		if got.Issuer != testURL || got.Subject == "" || !slices.Contains(got.Audience, testAudience) || got.Bound || !got.Expiry.After(time.Now().Add(-time.Minute)) {
 			t.Fatalf("verified %+v", got)
 		}
 	})

@@ -5,6 +5,7 @@ package token
 import (
 	"crypto/sha256"
 	"crypto/subtle"
+	"slices"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -16,7 +17,7 @@ func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.
 	if stale(keys, now) {
 		return flow.ReasonTokenKeysStale, v.refresh(i, errKeysStale)
 	}
-	if !contains(i.Types, t.kind) {
+	if !slices.Contains(i.Types, t.kind) {
 		return flow.ReasonTokenType, errType
 	}
 	for name, want := range i.Require {
@@ -37,7 +38,7 @@ func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.
 		return flow.ReasonTokenRevoked, errRevoked
 	}
 	for _, scope := range c.Scopes {
-		if !contains(t.Scopes, scope) {
+		if !slices.Contains(t.Scopes, scope) {
 			return flow.ReasonTokenScope, errScope
 		}
 	}
@@ -59,10 +60,10 @@ func has(claim any, want string) bool {
 
 func audience(t *Claims, i *issuer, want string) bool {
 	if want != "" {
-		return (len(i.Audiences) == 0 || contains(i.Audiences, want)) && contains(t.Audience, want)
+		return (len(i.Audiences) == 0 || slices.Contains(i.Audiences, want)) && slices.Contains(t.Audience, want)
 	}
 	for _, a := range i.Audiences {
-		if contains(t.Audience, a) {
+		if slices.Contains(t.Audience, a) {
 			return true
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -359,7 +360,7 @@ func (v *Verifier) authenticate(raw string, i *issuer, keys *keySet, now time.Ti
 		return nil, flow.ReasonTokenIssuer, errIssuer
 	}
 	alg := algorithms[t.algorithm]
-	if alg == nil || !contains(i.Algorithms, t.algorithm) {
+	if alg == nil || !slices.Contains(i.Algorithms, t.algorithm) {
 		return nil, flow.ReasonTokenAlgorithm, errAlgorithm
 	}
 	k, reason, err := v.key(i, keys, t.keyID, now)
