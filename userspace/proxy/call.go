@@ -350,11 +350,16 @@ func (c *call) ending() bool {
 	return !c.peer.NotAfter.IsZero() && time.Now().After(c.lastCall())
 }
 
-// lastCall is when a connection stops taking requests because the peer's
-// certificate is about to end.
+// lastCall is from when on each response says that it is the last, because
+// the peer's certificate is about to end.
 func (c *call) lastCall() time.Time { return c.peer.NotAfter.Add(-lastCallMargin) }
 
-const lastCallMargin = 500 * time.Millisecond
+const (
+	lastCallMargin = 500 * time.Millisecond
+	// idleMargin is when a connection without a request is closed: late, since
+	// a request that is on its way just then is lost.
+	idleMargin = 100 * time.Millisecond
+)
 
 // deny answers the request with the decision, as a problem document, and
 // says whether the connection can go on.

@@ -74,9 +74,7 @@ func (c *call) readHead() error {
 func (c *call) idle() error {
 	until := time.Now().Add(c.p.opt.IdleTimeout)
 	if !c.peer.NotAfter.IsZero() {
-		if last := c.lastCall(); last.Before(until) {
-			until = last
-		}
+		until = earlier(until, c.peer.NotAfter.Add(-idleMargin))
 	}
 	_ = c.client.SetReadDeadline(until)
 	if s, ok := c.client.(interface{ AwaitRead() error }); ok {

@@ -38,7 +38,6 @@ func (p *Proxy) outbound(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	v := p.view.Load()
 	c.dst = f.Destination
 	c.peer = flow.Peer{ID: v.ids[f.Identity], Number: f.Identity, Address: f.Source, Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
-	c.identify()
 	c.leave(v)
 }
 
@@ -72,6 +71,7 @@ func (c *call) leave(v *view) {
 		c.unprotected()
 	default:
 		c.netns, c.leaving = home, false
+		c.identify()
 		c.serve()
 	}
 }

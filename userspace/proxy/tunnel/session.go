@@ -348,6 +348,7 @@ func (m *Session) remove(s *Stream, cause error) {
 		return
 	}
 	s.state = stateOver
+	s.orderly = cause == nil && s.finSent
 	if s.werr == nil {
 		s.werr = cause
 	}

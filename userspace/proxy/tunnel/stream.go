@@ -61,6 +61,7 @@ type Stream struct {
 	queued   bool  // in the session's list of waiting streams
 	fin      bool  // CloseWrite was called
 	finSent  bool
+	orderly  bool // all output was sent, END_STREAM included
 	closed   bool // Close was called
 	werr     error
 	wdl      time.Time
@@ -297,11 +298,17 @@ func (s *Stream) Flushed(limit int) error {
 		}
 	}
 	s.drained.Signal()
+	if s.orderly {
+		return nil
+	}
 	return s.werr
 }
 
 // CloseWrite ends the sending side once what was written is sent.
 func (s *Stream) CloseWrite() error {
+	if s.orderly {
+		return nil
+	}
 	if s.werr != nil {
 		return s.werr
 	}

@@ -1,0 +1,712 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"golang.org/x/net/http2"
+)
+
+// TestOpaque copies bytes both ways and keeps half-closed connections.
+func TestOpaque(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		app.raw(echo, 7)
+		addr := in.out(clientNumber, serverPort(7))
+		for _, n := range []int{0, 1, 70_000, 5 << 20} {
+			conn := dialTCP(t, addr)
+			sent := sha256.New()
+			go func() {
+				r := rand.New(rand.NewPCG(uint64(n), 2))
+				buf := make([]byte, 64<<10)
+				for left := n; left > 0; {
+					k := min(left, 1+r.IntN(len(buf)))
+					for i := range buf[:k] {
+						buf[i] = byte(r.Uint32())
+					}
+					buf[0] = 'x' // no ClientHello
+					sent.Write(buf[:k])
+					if _, err := conn.Write(buf[:k]); err != nil {
+						return
+					}
+					left -= k
+				}
+				_ = conn.CloseWrite()
+			}()
+			got := sha256.New()
+			k, err := io.Copy(got, conn)
+			if err != nil || k != int64(n) || !bytes.Equal(got.Sum(nil), sent.Sum(nil)) {
+				t.Fatalf("%d of %d bytes, or other ones: %v", k, n, err)
+			}
+		}
+		app.mu.Lock()
+		verdicts := app.verdicts
+		app.mu.Unlock()
+		if in != app {
+			if len(verdicts) != 0 {
+				t.Errorf("verdicts across nodes: %+v", verdicts)
+			}
+			return
+		}
+		want := flow.Verdict{Source: clientNumber, SourceNetns: clientNetns, Destination: serverPort(7), DestinationNetns: serverNetns, Action: flow.ActionDirect, Expires: 5 * time.Minute}
+		if len(verdicts) != 1 || verdicts[0] != want {
+			t.Errorf("verdicts %+v, want %+v", verdicts, want)
+		}
+	})
+}
+
+// TestServerFirst holds that a protocol whose server speaks first works on
+// an auto port, and HTTP and TLS are told apart there.
+func TestServerFirst(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		app.raw(func(c *net.TCPConn) {
+			io.WriteString(c, "220 ready\r\n")
+			line, _ := bufio.NewReader(c).ReadString('\n')
+			io.WriteString(c, "you said "+line)
+		}, 81)
+		addr := in.out(clientNumber, serverPort(81))
+		conn := dialTCP(t, addr)
+		br := bufio.NewReader(conn)
+		if line, err := br.ReadString('\n'); line != "220 ready\r\n" {
+			t.Fatalf("got %q %v", line, err)
+		}
+		io.WriteString(conn, "QUIT\n")
+		if line, err := br.ReadString('\n'); line != "you said QUIT\n" {
+			t.Fatalf("got %q %v", line, err)
+		}
+		app.app(http.HandlerFunc(reflect), 81)
+		resp, err := ask(t, dialTCP(t, addr), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		if err != nil || resp.StatusCode != 200 {
+			t.Errorf("HTTP: %+v %v", resp, err)
+		}
+		for _, port := range []uint16{81, 80, 7} {
+			app.app(http.HandlerFunc(reflect), port)
+			secured := tls.Client(dialTCP(t, in.out(clientNumber, serverPort(port))), &tls.Config{InsecureSkipVerify: true})
+			if err := secured.Handshake(); err == nil {
+				t.Errorf("TLS was let through to port %d", port)
+			}
+			app.recorded(flow.ReasonTLSInApp)
+		}
+	})
+}
+
+// TestPassthrough holds that TLS of the application is judged by its SNI.
+func TestPassthrough(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		cert, err := app.leaves.Get(serverID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		app.raw(func(c *net.TCPConn) {
+			s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{cert.Certificate}})
+			if s.Handshake() == nil {
+				io.WriteString(s, "hello "+s.ConnectionState().ServerName)
+				s.Close()
+			}
+		}, 83)
+		addr := in.out(clientNumber, serverPort(83))
+		secured := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, ServerName: "App.example"})
+		if b, err := io.ReadAll(secured); string(b) != "hello App.example" {
+			t.Errorf("got %q %v", b, err)
+		}
+		secured = tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, ServerName: "other.example"})
+		if err := secured.Handshake(); err == nil {
+			t.Error("another name was let through")
+		}
+		app.recorded(flow.ReasonNoRule)
+	})
+}
+
+// TestNoFlow holds that nothing is taken that the kernel did not send.
+func TestNoFlow(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := oneNode(t, nodeOptions{goroutines: goroutines})
+		addr, fd := listener(t, "127.0.0.1:0")
+		if err := n.proxy.Serve(fd, KindOutbound, clientNetns); err != nil {
+			t.Fatal(err)
+		}
+		conn := dialTCP(t, addr)
+		if b, err := io.ReadAll(conn); len(b) != 0 || err == nil {
+			t.Errorf("got %q %v", b, err)
+		}
+		n.recorded(flow.ReasonNoFlow)
+	})
+}
+
+// tunnelClient is a client of golang.org/x/net with a leaf of that identity.
+func tunnelClient(t *testing.T, leaves *identity.Leaves, verifier *identity.Verifier, id, peer, addr string) *http2.Transport {
+	t.Helper()
+	config, err := identity.ClientConfig(identity.ClientOptions{Leaves: leaves, Verifier: verifier, ID: id, Peer: peer, Expect: func(id string) bool { return id == serverID }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := &http2.Transport{DialTLSContext: func(ctx context.Context, _, _ string, _ *tls.Config) (net.Conn, error) {
+		c, err := (&net.Dialer{}).DialContext(ctx, "tcp4", addr)
+		if err != nil {
+			return nil, err
+		}
+		s := tls.Client(c, config)
+		return s, s.HandshakeContext(ctx)
+	}}
+	t.Cleanup(tr.CloseIdleConnections)
+	return tr
+}
+
+// TestTunnelRefusals asks a tunnel for what it must not give, by the hand of
+// another implementation.
+func TestTunnelRefusals(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		a, b := twoNodes(t, nodeOptions{goroutines: goroutines})
+		b.raw(echo, 7)
+		b.app(http.HandlerFunc(reflect), 80)
+		addr := a.tunnels[serverAddr]
+		// A peer of HBONE names no server.
+		tr := tunnelClient(t, a.leaves, a.verifier, clientID, "", addr)
+		connect := func(tr *http2.Transport, authority, forwarded string) (int, string, error) {
+			t.Helper()
+			body, w := io.Pipe()
+			req := &http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "https", Host: authority}, Host: authority, Header: http.Header{}, Body: body, ContentLength: -1}
+			if forwarded != "" {
+				req.Header.Set("Forwarded", forwarded)
+			}
+			resp, err := tr.RoundTrip(req)
+			if err != nil {
+				return 0, "", err
+			}
+			defer resp.Body.Close()
+			go func() { io.WriteString(w, "hello"); w.Close() }()
+			got, _ := io.ReadAll(resp.Body)
+			if resp.StatusCode == 200 && string(got) != "hello" {
+				t.Errorf("%s: got %q", authority, got)
+			}
+			return resp.StatusCode, resp.Header.Get("sallyport-reason"), nil
+		}
+		for _, c := range []struct {
+			authority, forwarded string
+			status               int
+			reason               flow.Reason
+		}{
+			{"10.0.2.1:7", "", 200, ""},
+			{"10.0.2.1:7", "for=10.0.1.1", 200, ""},
+			{"10.0.2.1:7", `for="10.0.1.1:4711"`, 200, ""},
+			{"10.0.2.1:7", "for=127.0.0.1", 200, ""}, // the peer's own
+			{"10.0.2.1:7", "for=10.9.9.9", 403, flow.ReasonForwardedAddress},
+			{"10.0.2.1:7", "for=10.0.1.1, for=10.0.1.1", 403, flow.ReasonForwardedAddress},
+			{"10.0.2.1:7", "for=unknown", 403, flow.ReasonForwardedAddress},
+			{"10.0.2.1:6000", "", 404, flow.ReasonNotThisNode},
+			{"10.0.1.1:7", "", 404, flow.ReasonNotThisNode},
+			{"10.0.3.1:7", "", 404, flow.ReasonNotThisNode},
+			{"127.0.0.1:7", "", 404, flow.ReasonNotThisNode},
+			{"app.example:7", "", 404, flow.ReasonNotThisNode},
+			{"10.0.2.1", "", 404, flow.ReasonNotThisNode},
+			{"10.0.2.1:7", "", 200, ""},
+		} {
+			status, reason, err := connect(tr, c.authority, c.forwarded)
+			if err != nil || status != c.status || reason != string(c.reason) {
+				t.Errorf("%s %s: status %d reason %s error %v, want %d %s", c.authority, c.forwarded, status, reason, err, c.status, c.reason)
+			}
+			if c.reason != "" {
+				b.recorded(c.reason)
+			}
+		}
+		if status, reason, err := connect(tunnelClient(t, a.leaves, a.verifier, otherID, serverID, addr), "10.0.2.1:7", ""); err != nil || status != 403 || reason != string(flow.ReasonMayCall) {
+			t.Errorf("another identity: status %d reason %s error %v", status, reason, err)
+		}
+		b.mu.Lock()
+		for _, d := range b.dials {
+			if d.Client.Addr() != clientAddr && d.Client.Addr() != netip.MustParseAddr("127.0.0.1") {
+				t.Errorf("dialled for %s", d.Client)
+			}
+		}
+		b.mu.Unlock()
+		// Without a certificate, and with another authority's.
+		stranger := newNode(t, authority(t), nodeOptions{mode: "enforce", ids: map[flow.IdentityNumber]string{clientNumber: clientID}})
+		if _, _, err := connect(tunnelClient(t, stranger.leaves, a.verifier, clientID, serverID, addr), "10.0.2.1:7", ""); err == nil {
+			t.Error("a leaf of another authority was accepted")
+		}
+		c := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS13})
+		if _, err := io.ReadAll(c); err == nil {
+			t.Error("a client without certificate was accepted")
+		}
+		b.recorded(flow.ReasonCertMissing)
+	})
+}
+
+// TestPeerMismatch holds that a tunnel to an address expects the identity
+// that claims it.
+func TestPeerMismatch(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		ca := authority(t)
+		const impostor = "spiffe://example.org/other"
+		evil := newNode(t, ca, nodeOptions{goroutines: goroutines, mode: "enforce", ids: map[flow.IdentityNumber]string{otherNumber: impostor}})
+		config := identity.ServerConfig(identity.ServerOptions{Leaves: evil.leaves, Verifier: evil.verifier,
+			Identity: func(*tls.ClientHelloInfo) (string, error) { return impostor, nil }})
+		ln, err := tls.Listen("tcp4", "127.0.0.1:0", config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ln.Close() })
+		got := make(chan []byte, 10)
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				b, _ := io.ReadAll(c)
+				got <- b
+				c.Close()
+			}
+		}()
+		n := newNode(t, ca, nodeOptions{goroutines: goroutines, mode: "enforce", ids: map[flow.IdentityNumber]string{clientNumber: clientID},
+			addresses: []NetnsAddresses{{clientNetns, []netip.Addr{clientAddr}}}})
+		n.tunnels[serverAddr] = ln.Addr().String()
+		resp, err := ask(t, dialTCP(t, n.out(clientNumber, serverPort(80))), "GET /secret HTTP/1.1\r\nHost: a\r\n\r\n")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if reason, _ := problem(t, resp); reason != flow.ReasonPeerMismatch {
+			t.Errorf("reason %s", reason)
+		}
+		if b := <-got; bytes.Contains(b, []byte("secret")) || len(b) > 0 {
+			t.Errorf("the impostor received %q", b)
+		}
+	})
+}
+
+// TestSteered serves what comes from elsewhere to the protected port itself.
+func TestSteered(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, c := range []struct {
+			port uint16
+			http bool
+		}{{80, true}, {81, true}, {7, false}} {
+			t.Run(fmt.Sprint(c.port), func(t *testing.T) {
+				n := oneNode(t, nodeOptions{goroutines: goroutines})
+				addr, fd := listener(t, "127.0.0.1:0")
+				// The address that a steered connection shows as its own.
+				real := netip.MustParseAddrPort(addr)
+				n.proxy.change(func(v *view) { v.plan = steeredPlan(t, real.Port(), c.port) })
+				n.proxy.opt.Pipeline.SetPlan(n.proxy.view.Load().plan)
+				if err := n.proxy.Serve(fd, KindInbound, serverNetns); err != nil {
+					t.Fatal(err)
+				}
+				n.mu.Lock()
+				n.apps[real] = "" // nothing yet
+				n.mu.Unlock()
+				testSteered(t, n, addr, c.http)
+			})
+		}
+	})
+}
+
+func testSteered(t *testing.T, n *node, addr string, speaksHTTP bool) {
+	real := netip.MustParseAddrPort(addr)
+	if speaksHTTP {
+		n.app(http.HandlerFunc(reflect), 80)
+	} else {
+		n.raw(echo, 80)
+	}
+	n.mu.Lock()
+	n.apps[real] = n.apps[serverPort(80)]
+	n.mu.Unlock()
+	const get = "GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
+	plain := dialTCP(t, addr)
+	resp, err := ask(t, plain, get)
+	if speaksHTTP {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if reason, _ := problem(t, resp); reason != flow.ReasonMTLSRequired {
+			t.Errorf("plaintext: reason %s", reason)
+		}
+	} else if err == nil {
+		t.Error("plaintext was let through")
+	}
+	n.recorded(flow.ReasonMTLSRequired)
+	anonymous := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true})
+	if _, err := ask(t, anonymous, get); err == nil {
+		t.Error("a client without certificate was let in")
+	}
+	n.recorded(flow.ReasonCertMissing)
+	leaf, err := n.leaves.Get(clientID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, ServerName: "any.example", NextProtos: []string{"h2", "http/1.1"}, Certificates: []tls.Certificate{leaf.Certificate}})
+	if !speaksHTTP {
+		if err := known.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(known, "hello")
+		_ = known.CloseWrite()
+		if b, err := io.ReadAll(known); string(b) != "hello" {
+			t.Errorf("got %q %v", b, err)
+		}
+		return
+	}
+	if resp, err = ask(t, known, get); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("got %+v %v", resp, err)
+	}
+	if cert := resp.Header.Get("X-Client-Cert"); !strings.Contains(cert, "Hash=") || !strings.HasSuffix(cert, "URI="+clientID) {
+		t.Errorf("the application saw the client as %q", cert)
+	}
+	other, err := n.leaves.Get(otherID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stranger := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{other.Certificate}})
+	if resp, err = ask(t, stranger, get); err != nil {
+		t.Fatal(err)
+	}
+	if reason, _ := problem(t, resp); reason != flow.ReasonMayCall {
+		t.Errorf("another identity: reason %s", reason)
+	}
+}
+
+// TestRevocation holds that what was allowed ends when it is revoked, in the
+// middle of a stream.
+func TestRevocation(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		app.raw(echo, 7)
+		app.app(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			io.WriteString(w, "begin")
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		}), 80)
+		opaque := dialTCP(t, in.out(clientNumber, serverPort(7)))
+		io.WriteString(opaque, "x")
+		if _, err := io.ReadFull(opaque, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		stream := dialTCP(t, in.out(clientNumber, serverPort(80)))
+		resp, err := ask(t, stream, "GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(resp.Body, make([]byte, 5)); err != nil {
+			t.Fatal(err)
+		}
+		list, err := identity.NewRevocations([]identity.Revocation{{Kind: identity.RevokeIdentity, Value: clientID}}, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		app.verifier.SetRevocations(list)
+		app.pipeline.SetRevocations(list)
+		if b, err := io.ReadAll(opaque); err == nil || len(b) > 0 {
+			t.Errorf("the opaque connection ended with %q %v", b, err)
+		}
+		if b, err := io.ReadAll(resp.Body); err == nil || len(b) > 0 {
+			t.Errorf("the stream ended with %q %v", b, err)
+		}
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("it took %v", took)
+		}
+		app.recorded(flow.ReasonRevoked)
+		resp, err = ask(t, dialTCP(t, in.out(clientNumber, serverPort(80))), "GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if reason, _ := problem(t, resp); resp.StatusCode == 200 || reason == "" {
+			t.Errorf("after the revocation: status %d", resp.StatusCode)
+		}
+	})
+}
+
+// TestPolicyChange holds that a live opaque connection ends when the new
+// plan does not allow it, and stays when it does.
+func TestPolicyChange(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		app.raw(echo, 7)
+		opaque := dialTCP(t, in.out(clientNumber, serverPort(7)))
+		say := func() error {
+			if _, err := io.WriteString(opaque, "x"); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(opaque, make([]byte, 1))
+			return err
+		}
+		if err := say(); err != nil {
+			t.Fatal(err)
+		}
+		app.proxy.SetPlan(plan(t, "enforce"), 2)
+		if err := say(); err != nil {
+			t.Fatalf("the same rules again: %v", err)
+		}
+		app.proxy.SetPlan(changed(t, "{name: anything, from: [client]}", "{name: anything, from: [other]}"), 3)
+		if b, err := io.ReadAll(opaque); err == nil {
+			t.Errorf("the connection ended with %q %v", b, err)
+		}
+		app.recorded(flow.ReasonPolicyChanged)
+	})
+}
+
+// TestRotation has leaves that live two seconds under traffic; nothing may
+// be lost.
+func TestRotation(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes six seconds")
+	}
+	for _, goroutines := range []bool{false, true} {
+		t.Run(fmt.Sprintf("goroutines=%v", goroutines), func(t *testing.T) {
+			t.Parallel()
+			a, b := twoNodes(t, nodeOptions{goroutines: goroutines, ttl: 2 * time.Second})
+			b.app(http.HandlerFunc(reflect), 80)
+			base := "http://" + a.out(clientNumber, serverPort(80))
+			fresh := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+			kept := httpClient(t)
+			serials := map[string]bool{}
+			requests := 0
+			for end := time.Now().Add(5 * time.Second); time.Now().Before(end); requests++ {
+				for _, client := range []*http.Client{fresh, kept} {
+					resp, err := client.Post(base+"/a", "text/plain", strings.NewReader("hello"))
+					if err != nil {
+						t.Fatalf("request %d: %v", requests, err)
+					}
+					body, err := io.ReadAll(resp.Body)
+					resp.Body.Close()
+					if err != nil || resp.StatusCode != 200 || string(body) != "hello" {
+						t.Fatalf("request %d: status %d %q %v", requests, resp.StatusCode, body, err)
+					}
+					serials[resp.Header.Get("X-Client-Cert")] = true
+				}
+				time.Sleep(5 * time.Millisecond)
+			}
+			if len(serials) < 3 {
+				t.Errorf("%d certificates in %d requests: nothing rotated", len(serials), requests)
+			}
+		})
+	}
+}
+
+// TestNginxAndCurl has a real server and a real client, through a tunnel.
+func TestNginxAndCurl(t *testing.T) {
+	for _, name := range []string{"nginx", "curl"} {
+		if _, err := exec.LookPath(name); err != nil {
+			t.Skipf("%s is not installed", name)
+		}
+	}
+	dir := t.TempDir()
+	large := make([]byte, 5<<20)
+	for i := range large {
+		large[i] = byte(rand.Uint32())
+	}
+	if err := os.WriteFile(filepath.Join(dir, "large"), large, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	config := fmt.Sprintf(`
+daemon off; master_process off; pid %[1]s/pid; error_log %[1]s/error.log;
+events { worker_connections 256; }
+http {
+  access_log off; client_body_temp_path %[1]s/body; proxy_temp_path %[1]s/proxy; fastcgi_temp_path %[1]s/f; uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s;
+  server {
+    listen 127.0.0.1:%[2]s; root %[1]s; client_max_body_size 20m;
+    location /text { return 200 "from nginx for $http_x_forwarded_client_cert"; }
+    location /post { return 200 "posted"; }
+    location /large { }
+  }
+}`, dir, "PORT")
+	free, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := free.Addr().String()
+	_, port, _ := net.SplitHostPort(addr)
+	free.Close()
+	path := filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(path, []byte(strings.ReplaceAll(config, "PORT", port)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("nginx", "-p", dir, "-c", path)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	for tries := 0; ; tries++ {
+		c, err := net.Dial("tcp4", addr)
+		if err == nil {
+			c.Close()
+			break
+		}
+		if tries == 200 {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		app.at(addr, 80)
+		base := "http://" + in.out(clientNumber, serverPort(80))
+		curl := func(args ...string) []byte {
+			t.Helper()
+			out, err := exec.Command("curl", append([]string{"-sS", "--max-time", "20"}, args...)...).CombinedOutput()
+			if err != nil {
+				t.Fatalf("curl %v: %v %s", args, err, out)
+			}
+			return out
+		}
+		if out := curl(base + "/text"); !bytes.Contains(out, []byte("from nginx for By="+serverID)) {
+			t.Errorf("got %q", out)
+		}
+		if out := curl(base+"/large", "-o", "-"); !bytes.Equal(out, large) {
+			t.Errorf("got %d bytes", len(out))
+		}
+		if out := curl("-0", base+"/text"); !bytes.HasPrefix(out, []byte("from nginx")) {
+			t.Errorf("HTTP/1.0: got %q", out)
+		}
+		if out := curl("--data-binary", "@"+filepath.Join(dir, "large"), "-H", "Transfer-Encoding: chunked", base+"/post"); string(out) != "posted" {
+			t.Errorf("chunked: got %q", out)
+		}
+		if out := curl("--data-binary", "@"+filepath.Join(dir, "large"), base+"/post", base+"/text"); !bytes.HasPrefix(out, []byte("postedfrom nginx")) {
+			t.Errorf("100-continue: got %q", out)
+		}
+		if out := curl("-I", base+"/large"); !bytes.Contains(out, []byte("Content-Length: 5242880")) {
+			t.Errorf("HEAD: got %q", out)
+		}
+		if out := curl("--path-as-is", "-w", "%{http_code}", base+"/text/../large"); !bytes.HasSuffix(out, []byte("400")) {
+			t.Errorf("dot segment: got %q", out)
+		}
+	})
+}
+
+// TestPlainAndUnprotected carry what nobody claims, and what nobody
+// protects.
+func TestPlainAndUnprotected(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := oneNode(t, nodeOptions{goroutines: goroutines})
+		n.raw(echo, 99, 6000)
+		for _, port := range []uint16{99, 6000} {
+			conn := dialTCP(t, n.out(clientNumber, serverPort(port)))
+			io.WriteString(conn, "hello")
+			_ = conn.CloseWrite()
+			if b, err := io.ReadAll(conn); string(b) != "hello" {
+				t.Errorf("port %d: got %q %v", port, b, err)
+			}
+		}
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if len(n.dials) != 2 || n.dials[0].Kind != DialApplication || n.dials[1].Kind != DialPlain {
+			t.Errorf("dials %+v", n.dials)
+		}
+	})
+}
+
+func TestLimits(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := oneNode(t, nodeOptions{goroutines: goroutines, change: func(o *Options) { o.MaxPerIdentity = 3 }})
+		n.raw(echo, 7)
+		addr := n.out(clientNumber, serverPort(7))
+		say := func(c net.Conn) error {
+			if _, err := io.WriteString(c, "x"); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(c, make([]byte, 1))
+			return err
+		}
+		for range 3 {
+			if err := say(dialTCP(t, addr)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := say(dialTCP(t, addr)); err == nil {
+			t.Error("a connection over the limit was served")
+		}
+		if n.proxy.Stats().Overload == 0 {
+			t.Error("it was not counted")
+		}
+	})
+}
+
+func TestForwardedFor(t *testing.T) {
+	for _, c := range []struct {
+		in, out string
+	}{
+		{"for=10.0.0.1", "10.0.0.1:5"}, {`for="10.0.0.1:80"`, "10.0.0.1:80"}, {`for="[2001:db8::1]:80"`, "[2001:db8::1]:80"}, {`for="[2001:db8::1]"`, "[2001:db8::1]:5"},
+		{"For=10.0.0.1;by=10.0.0.2;proto=http", "10.0.0.1:5"}, {`for="[::ffff:10.0.0.1]:80"`, "10.0.0.1:80"},
+		{"", ""}, {"for=", ""}, {"for=unknown", ""}, {"for=_hidden", ""}, {"by=10.0.0.1", ""}, {"for=10.0.0.1,for=10.0.0.2", ""},
+		{"for=10.0.0.1;for=10.0.0.2", ""}, {`for="[fe80::1%eth0]:80"`, ""}, {`for="10.0.0.1:80`, ""}, {"for", ""},
+	} {
+		got, ok := forwardedFor(c.in, 5)
+		if ok != (c.out != "") || ok && got.String() != c.out {
+			t.Errorf("%q: %v %v, want %q", c.in, got, ok, c.out)
+		}
+	}
+}
+
+func FuzzForwardedFor(f *testing.F) {
+	f.Add(`for="[2001:db8::1]:80";by=10.0.0.1`)
+	f.Fuzz(func(t *testing.T, in string) {
+		if a, ok := forwardedFor(in, 1); ok && (!a.IsValid() || a.Addr().Zone() != "" || a.Addr().Is4In6()) {
+			t.Fatalf("%q gives %v", in, a)
+		}
+	})
+}
+
+// hello is a real ClientHello for that name.
+func hello(t testing.TB, name string) []byte {
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	go func() { _ = tls.Client(a, &tls.Config{ServerName: name, InsecureSkipVerify: true}).Handshake() }()
+	buf := make([]byte, 16<<10)
+	n, err := b.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return buf[:n]
+}
+
+func TestServerName(t *testing.T) {
+	for _, name := range []string{"app.example", "A.B-c.example", ""} {
+		h := hello(t, name)
+		for i := range h {
+			if _, more, ok := serverName(h[:i]); !more || ok {
+				t.Fatalf("%q: at %d of %d: more %v ok %v", name, i, len(h), more, ok)
+			}
+		}
+		got, more, ok := serverName(h)
+		if got != strings.ToLower(name) || more || !ok {
+			t.Errorf("%q: got %q more %v ok %v", name, got, more, ok)
+		}
+		// The same in records of ten bytes.
+		var split []byte
+		for body := h[5:]; len(body) > 0; {
+			k := min(10, len(body))
+			split = append(append(split, 0x16, 3, 1, 0, byte(k)), body[:k]...)
+			body = body[k:]
+		}
+		if got, _, ok := serverName(split); got != strings.ToLower(name) || !ok {
+			t.Errorf("%q split: got %q ok %v", name, got, ok)
+		}
+	}
+}
+
+func FuzzServerName(f *testing.F) {
+	f.Add(hello(f, "app.example"))
+	f.Add([]byte{0x16, 3, 1, 0, 4, 1, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, in []byte) {
+		name, more, ok := serverName(in)
+		if ok && (more || name != strings.ToLower(name) || name != "" && !isName([]byte(name))) {
+			t.Fatalf("%q %v", name, more)
+		}
+	})
+}
