@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -85,10 +86,14 @@ type Store struct {
 	path string
 	now  func() time.Time
 
-	mu         sync.Mutex
-	entries    map[key]Entry
+	// change is held from the look at the list to the end of telling of its
+	// change: one change after the other.
+	change  sync.Mutex
+	changed func([]Entry, uint64)
+
+	mu         sync.RWMutex
+	entries    map[key]Entry // replaced, never changed
 	generation uint64
-	changed    func([]Entry, uint64)
 }
 
 type document struct {
@@ -125,12 +130,13 @@ func Open(dir string, now func() time.Time) (*Store, error) {
 }
 
 // OnChange has f called with the whole list after each change of it, once at
-// a time and in order; and once now. f must not call the Store.
+// a time and in order; and once now. f may call List, and must not change the
+// list.
 func (s *Store) OnChange(f func(entries []Entry, generation uint64)) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.change.Lock()
+	defer s.change.Unlock()
 	s.changed = f
-	f(s.list(), s.generation)
+	f(s.List())
 }
 
 // Revoke adds an entry, and replaces one of the same kind and value. ttl is
@@ -139,8 +145,8 @@ func (s *Store) Revoke(kind Kind, value string, ttl time.Duration, reason, by st
 	if ttl < 0 {
 		return Entry{}, fmt.Errorf("revoke %s: a negative ttl", kind)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.change.Lock()
+	defer s.change.Unlock()
 	e := Entry{Kind: kind, Value: value, Since: s.now().UTC(), Reason: reason, By: by}
 	if ttl > 0 {
 		e.Until = e.Since.Add(ttl)
@@ -148,67 +154,62 @@ func (s *Store) Revoke(kind Kind, value string, ttl time.Duration, reason, by st
 	if err := e.validate(); err != nil {
 		return Entry{}, fmt.Errorf("revoke: %w", err)
 	}
+	next, _ := s.present()
 	k := key{kind, value}
-	s.expire()
-	old, had := s.entries[k]
-	if !had && len(s.entries) >= MaxEntries {
+	if _, had := next[k]; !had && len(next) >= MaxEntries {
 		return Entry{}, ErrFull
 	}
-	s.entries[k] = e
-	return e, s.commit(func() {
-		if delete(s.entries, k); had {
-			s.entries[k] = old
-		}
-	})
+	next[k] = e
+	return e, s.commit(next)
 }
 
 // Lift ends a revocation before its time.
 func (s *Store) Lift(kind Kind, value string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.change.Lock()
+	defer s.change.Unlock()
+	next, _ := s.present()
 	k := key{kind, value}
-	old, had := s.entries[k]
-	if !had || old.ended(s.now()) {
+	if _, had := next[k]; !had {
 		return fmt.Errorf("%w: %s %s", ErrNotFound, kind, value)
 	}
-	delete(s.entries, k)
-	return s.commit(func() { s.entries[k] = old })
-}
-
-// List returns what holds now, oldest first, and the list's generation, which
-// grows with each change.
-func (s *Store) List() ([]Entry, uint64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.list(), s.generation
+	delete(next, k)
+	return s.commit(next)
 }
 
 // Expire drops what is past its end, and tells so if there was any. The agent
 // calls it now and then; an entry that has ended does not hold before either.
 func (s *Store) Expire() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.expire() {
+	s.change.Lock()
+	defer s.change.Unlock()
+	next, ended := s.present()
+	if !ended {
 		return nil
 	}
-	return s.commit(func() {})
+	return s.commit(next)
 }
 
-func (s *Store) expire() bool {
-	any, now := false, s.now()
-	for k, e := range s.entries {
-		if e.ended(now) {
-			delete(s.entries, k)
-			any = true
-		}
-	}
-	return any
+// List returns what holds now, oldest first, and the list's generation, which
+// grows with each change.
+func (s *Store) List() ([]Entry, uint64) {
+	s.mu.RLock()
+	entries, generation := s.entries, s.generation
+	s.mu.RUnlock()
+	return sorted(entries, s.now()), generation
 }
 
-func (s *Store) list() []Entry {
+// present returns a copy of what holds now; ended says that something else
+// did before.
+func (s *Store) present() (entries map[key]Entry, ended bool) {
 	now := s.now()
-	all := make([]Entry, 0, len(s.entries))
-	for _, e := range s.entries {
+	entries = maps.Clone(s.entries)
+	maps.DeleteFunc(entries, func(_ key, e Entry) bool { return e.ended(now) })
+	return entries, len(entries) < len(s.entries)
+}
+
+// sorted lists the entries that hold at that time.
+func sorted(entries map[key]Entry, now time.Time) []Entry {
+	all := make([]Entry, 0, len(entries))
+	for _, e := range entries {
 		if !e.ended(now) {
 			all = append(all, e)
 		}
@@ -219,21 +220,22 @@ func (s *Store) list() []Entry {
 	return all
 }
 
-// commit writes the list and tells of the change; what cannot be written is
-// undone and did not happen.
-func (s *Store) commit(undo func()) error {
-	s.generation++
-	b, err := encode(document{fileVersion, s.generation, s.list()})
+// commit writes the list, puts it in force and tells of it. What cannot be
+// written did not happen.
+func (s *Store) commit(next map[key]Entry) error {
+	b, err := encode(document{fileVersion, s.generation + 1, sorted(next, s.now())})
 	if err == nil {
 		err = writeAtomic(s.path, b)
 	}
 	if err != nil {
-		s.generation--
-		undo()
 		return fmt.Errorf("write revocations: %w", err)
 	}
+	s.mu.Lock()
+	s.entries = next
+	s.generation++
+	s.mu.Unlock()
 	if s.changed != nil {
-		s.changed(s.list(), s.generation)
+		s.changed(s.List())
 	}
 	return nil
 }

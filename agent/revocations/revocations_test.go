@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -34,7 +35,12 @@ func TestRevokeOutlivesReopen(t *testing.T) {
 	dir, c := t.TempDir(), newClock()
 	s := open(t, dir, c)
 	var told []int
-	s.OnChange(func(e []Entry, _ uint64) { told = append(told, len(e)) })
+	s.OnChange(func(e []Entry, generation uint64) {
+		told = append(told, len(e))
+		if now, g := s.List(); len(now) != len(e) || g != generation {
+			t.Errorf("told of %d at %d, the list has %d at %d", len(e), generation, len(now), g)
+		}
+	})
 	if _, err := s.Revoke(Identity, id, 0, "stolen", "root"); err != nil {
 		t.Fatal(err)
 	}
@@ -212,6 +218,39 @@ func TestKilledWriter(t *testing.T) {
 	got, _ := open(t, dir, &clock{time.Now()}).List()
 	if len(got) <= last {
 		t.Fatalf("%d revocations hold, %d were answered", len(got), last+1)
+	}
+}
+
+// TestConcurrentUse: changes are told one after the other, and none is lost.
+func TestConcurrentUse(t *testing.T) {
+	s := open(t, t.TempDir(), newClock())
+	var last uint64
+	s.OnChange(func(_ []Entry, generation uint64) {
+		if generation != 0 && generation != last+1 {
+			t.Errorf("generation %d after %d", generation, last)
+		}
+		last = generation
+	})
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			for i := range 20 {
+				v := fmt.Sprint(g, "-", i)
+				if _, err := s.Revoke(JTI, v, 0, "", ""); err != nil {
+					t.Error(err)
+				}
+				s.List()
+				if i%2 == 0 {
+					if err := s.Lift(JTI, v); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if got, gen := s.List(); len(got) != 40 || gen != 120 || last != 120 {
+		t.Errorf("%d entries, generation %d, told of %d", len(got), gen, last)
 	}
 }
 
