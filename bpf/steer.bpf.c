@@ -137,6 +137,10 @@ int steer(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	mode = soften(p->mode, c);
 	v = bpf_map_lookup_elem(&flow, &key);
+	/* It would come round to the proxy that made it, or reach a server that
+	 * it was not meant for, which no mode lets pass. */
+	if (v && v->kind == FLOW_DIAL && v->target != p->identity)
+		return drop(&key, v->identity, p->identity, REASON_SERVER_GONE, MODE_ENFORCE);
 	if (v && (v->kind == FLOW_DIRECT || v->kind == FLOW_DIAL) && v->target == p->identity) {
 		if (give_server(ctx, &key, p->slot)) {
 			count(COUNT_SERVED);

@@ -5,7 +5,10 @@ package datapath
 import (
 	"encoding/binary"
 	"net/netip"
+	"os"
 	"reflect"
+	"regexp"
+	"strconv"
 	"testing"
 	"time"
 	"unsafe"
@@ -242,4 +245,36 @@ func FuzzAddress(f *testing.F) {
 			t.Errorf("%s is not in network order", ip)
 		}
 	})
+}
+
+// Constants that the C preprocessor keeps to itself.
+func TestSlotsFitTheListenersMap(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	if want := ownSlots*n.maps.Netns.MaxEntries() + serverSlots*n.maps.Protected.MaxEntries(); n.maps.Listeners.MaxEntries() != want {
+		t.Errorf("the listeners map has %d slots, %d are given out", n.maps.Listeners.MaxEntries(), want)
+	}
+	header, err := os.ReadFile("../../bpf/include/abi.h")
+	must(t, err)
+	for name, want := range map[string]uint64{"SERVER_SLOTS": serverSlots, "EGRESS_FIXED": egressFixed, "MAX_LEVELS": deepest, "USAGE_TOTAL": usageTotal} {
+		m := regexp.MustCompile(`(?m)^#define ` + name + ` (\S+)$`).FindSubmatch(header)
+		if m == nil {
+			t.Errorf("abi.h has no %s", name)
+			continue
+		}
+		if got, err := strconv.ParseUint(string(m[1]), 0, 64); err != nil || got != want {
+			t.Errorf("%s is %s in C, %d in Go", name, m[1], want)
+		}
+	}
+}
+
+func TestForeignListenerIsNotOurs(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	l := n.netns.Listen(t, "tcp4", netip.MustParseAddrPort("127.0.0.1:15006"))
+	raw, err := l.SyscallConn()
+	must(t, err)
+	must(t, raw.Control(func(fd uintptr) {
+		if err := n.SetListener(n.netns.Cookie, ListenerInbound, 4, int(fd)); err == nil {
+			t.Error("a listener of another cgroup was taken for ours")
+		}
+	}))
 }

@@ -72,3 +72,90 @@ func TestUnclaimedIsLeftAlone(t *testing.T) {
 		t.Errorf("closed port: %v", err)
 	}
 }
+
+// The ways to connect that are not connect(2), and sockets that are used
+// more than once.
+func TestOtherWaysToConnect(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	outbound, _ := n.listenAll(t)
+	server, err := n.server.Listen(address4)
+	must(t, err)
+	original := func(t *testing.T) netip.AddrPort {
+		t.Helper()
+		s, peer, err := outbound[4].Accept()
+		if err != nil {
+			t.Fatalf("not proxied: %v", err)
+		}
+		local, err := s.Local()
+		must(t, err)
+		f, err := n.LookupFlow(n.netns.Cookie, peer, local)
+		must(t, err)
+		must(t, s.Close())
+		return f.Value.Original()
+	}
+	const tcpFastOpenConnect = 30
+	t.Run("MSG_FASTOPEN", func(t *testing.T) {
+		s, err := n.client.TCP(address4)
+		must(t, err)
+		must(t, s.SendFast([]byte("x"), address4))
+		if got := original(t); got != address4 {
+			t.Errorf("original destination %s", got)
+		}
+		must(t, s.Close())
+	})
+	t.Run("TCP_FASTOPEN_CONNECT", func(t *testing.T) {
+		s, err := n.client.TCP(address4)
+		must(t, err)
+		must(t, s.SetInt(unix.IPPROTO_TCP, tcpFastOpenConnect, 1))
+		must(t, s.Connect(address4))
+		must(t, s.Send([]byte("x")))
+		if got := original(t); got != address4 {
+			t.Errorf("original destination %s", got)
+		}
+		must(t, s.Close())
+	})
+	t.Run("bound to an address", func(t *testing.T) {
+		s, err := n.client.TCP(address4)
+		must(t, err)
+		must(t, s.Bind(netip.AddrPortFrom(address4.Addr(), 0)))
+		must(t, s.Connect(address4))
+		if got := original(t); got != address4 {
+			t.Errorf("original destination %s", got)
+		}
+		must(t, s.Close())
+	})
+	t.Run("again after a refusal", func(t *testing.T) {
+		s, err := n.client.TCP(address4)
+		must(t, err)
+		if err := s.Connect(netip.MustParseAddrPort("192.0.2.10:9998")); err != unix.ECONNREFUSED {
+			t.Fatalf("closed port: %v", err)
+		}
+		must(t, s.Connect(address4))
+		if got := original(t); got != address4 {
+			t.Errorf("original destination %s", got)
+		}
+		must(t, s.Close())
+	})
+	t.Run("elsewhere after the proxy", func(t *testing.T) {
+		open := netip.MustParseAddrPort("192.0.2.10:9997")
+		l, err := n.server.Listen(open)
+		must(t, err)
+		s, err := n.client.TCP(address4)
+		must(t, err)
+		must(t, s.Connect(address4))
+		original(t)
+		must(t, s.Disconnect())
+		must(t, s.Connect(open))
+		if _, _, err := l.Accept(); err != nil {
+			t.Fatal(err)
+		}
+		if peer, err := s.Peer(); err != nil || peer != open {
+			t.Errorf("the client sees %s (%v), want %s", peer, err, open)
+		}
+		must(t, s.Close())
+	})
+	nothingAccepted(t, server, "the server")
+	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
+		t.Errorf("%d and %d flows are counted (%v)", own, total, err)
+	}
+}

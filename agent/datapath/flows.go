@@ -141,14 +141,16 @@ func (d *Datapath) ReconcileFlows(age time.Duration, live func(netns, cookie uin
 	return removed, nil
 }
 
+// usageTotal is USAGE_TOTAL of bpf/include/abi.h.
+const usageTotal = 0xffffffff
+
 // FlowsOf returns how many entries an identity uses, and how many are in use
 // altogether.
 func (d *Datapath) FlowsOf(number flow.IdentityNumber) (own, total uint64, err error) {
-	const all = ^uint32(0) // USAGE_TOTAL
 	for _, u := range []struct {
 		key uint32
 		to  *uint64
-	}{{uint32(number), &own}, {all, &total}} {
+	}{{uint32(number), &own}, {usageTotal, &total}} {
 		var v bpf.KernelUsageValue
 		if err := absent(d.maps.Usage.Lookup(u.key, &v)); err != nil {
 			return 0, 0, fmt.Errorf("read flow usage: %w", err)

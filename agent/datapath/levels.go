@@ -36,8 +36,7 @@ func openLevels() levels {
 	if err != nil {
 		return levels{}
 	}
-	handle, _, err := unix.NameToHandleAt(unix.AT_FDCWD, path, 0)
-	if err != nil || handle.Size() != 8 || binary.NativeEndian.Uint64(handle.Bytes()) != rootID {
+	if id, err := cgroupIDOf(path); err != nil || id != rootID {
 		return levels{}
 	}
 	mount, err := os.Open(path)
@@ -45,6 +44,17 @@ func openLevels() levels {
 		return levels{}
 	}
 	return levels{mount, path}
+}
+
+func cgroupIDOf(path string) (uint64, error) {
+	handle, _, err := unix.NameToHandleAt(unix.AT_FDCWD, path, 0)
+	if err != nil {
+		return 0, fmt.Errorf("read id of cgroup %s: %w", path, err)
+	}
+	if handle.Size() != 8 {
+		return 0, fmt.Errorf("read id of cgroup %s: not on cgroup2", path)
+	}
+	return binary.NativeEndian.Uint64(handle.Bytes()), nil
 }
 
 // kernfsHandle is FILEID_KERNFS of linux/exportfs.h.
@@ -86,6 +96,9 @@ func (l levels) open(cgroupID uint64) (fd int, err error) {
 	return unix.OpenByHandleAt(int(l.mount.Fd()), handle, unix.O_PATH|unix.O_CLOEXEC)
 }
 
+// deepest is MAX_LEVELS of bpf/include/abi.h.
+const deepest = 16
+
 // pathBit is the bit of the level of a path below the root of the hierarchy.
 // The root itself is not looked at: nothing can inherit from it.
 func pathBit(path string) uint32 {
@@ -95,7 +108,6 @@ func pathBit(path string) uint32 {
 			depth++
 		}
 	}
-	const deepest = 16 // MAX_LEVELS
 	if depth >= deepest {
 		return 0 // not inherited: waits for the scan
 	}

@@ -18,7 +18,7 @@ import (
 const (
 	ownSlots    = uint32(bpf.KernelOwnSlotOWN_SLOTS)
 	ownUsed     = uint32(bpf.KernelOwnSlotOWN_USED)
-	serverSlots = 8 // SERVER_SLOTS
+	serverSlots = 16 // SERVER_SLOTS
 )
 
 // slots gives out parts of the listeners map. A part is named by its first
@@ -153,11 +153,18 @@ const (
 
 // SetListener puts one of our own listeners where the steering program of
 // its netns finds it. The socket must listen, be plain TCP (never MPTCP) and
-// have been made in that netns; family is 4 or 6. It leaves the kernel's map
-// when its last descriptor is closed.
+// have been made in that netns, in the cgroup that has FlagAgent; family is 4
+// or 6. It leaves the kernel's map when its last descriptor is closed.
 func (d *Datapath) SetListener(netns uint64, kind ListenerKind, family int, fd int) error {
 	if kind < ListenerOutbound || kind > ListenerTunnel || (family != 4 && family != 6) {
 		return fmt.Errorf("set listener: kind %d, family %d", kind, family)
+	}
+	// Without it the kernel would not see the listener go, and leave
+	// connections in observe and audit alone as if it had never been.
+	var tag bpf.KernelSocketTag
+	if err := d.maps.SocketTags.Lookup(int32(fd), &tag); err != nil || tag.Listens == 0 {
+		return fmt.Errorf("set listener %d/%d of netns %d: it does not listen, or was not made in the agent's own cgroup beneath %s",
+			kind, family, netns, d.kernel.CgroupRoot())
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

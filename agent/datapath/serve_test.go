@@ -270,7 +270,7 @@ func TestListenerGoneIsRefused(t *testing.T) {
 
 func TestServerGoneIsRefused(t *testing.T) {
 	n := newNode(t, flow.ModeEnforce)
-	n.listenAll(t)
+	_, inbound := n.listenAll(t)
 	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); err != unix.ECONNREFUSED {
 		t.Errorf("dial with no server: %v", err)
 	}
@@ -280,10 +280,13 @@ func TestServerGoneIsRefused(t *testing.T) {
 	// The address has another owner than the dial expects.
 	l, err := n.server.Listen(address4)
 	must(t, err)
-	d, err := n.dial(t, address4, DialTag{Target: clientNumber})
-	must(t, err)
-	must(t, d.Close())
+	for _, target := range []flow.IdentityNumber{clientNumber, 0} {
+		if _, err := n.dial(t, address4, DialTag{Target: target}); err != unix.ECONNREFUSED {
+			t.Errorf("dial that expects identity %d: %v", target, err)
+		}
+	}
 	nothingAccepted(t, l, "the server")
+	nothingAccepted(t, inbound[4], "our inbound listener")
 }
 
 // Squatters take the port while the server is down: in the subtree, outside

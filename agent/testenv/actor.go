@@ -232,6 +232,12 @@ func (s *Sock) Connect(addr netip.AddrPort) error {
 	return err
 }
 
+// Disconnect is connect(2) to AF_UNSPEC.
+func (s *Sock) Disconnect() error {
+	_, err := s.do(question{Op: "disconnect"})
+	return err
+}
+
 // Accept is accept(2) with the peer's address as it shows there.
 func (s *Sock) Accept() (*Sock, netip.AddrPort, error) {
 	ans, err := s.do(question{Op: "accept"})
@@ -262,6 +268,12 @@ func (s *Sock) Send(b []byte) error {
 // SendTo is sendto(2).
 func (s *Sock) SendTo(b []byte, addr netip.AddrPort) error {
 	_, err := s.do(question{Op: "sendto", Data: b, Addr: addr})
+	return err
+}
+
+// SendFast is sendto(2) with MSG_FASTOPEN, which connects.
+func (s *Sock) SendFast(b []byte, addr netip.AddrPort) error {
+	_, err := s.do(question{Op: "sendto", Args: [3]int{unix.MSG_FASTOPEN}, Data: b, Addr: addr})
 	return err
 }
 

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -60,6 +61,11 @@ func (q *question) answer(ans *answer, file *os.File) (give *os.File, err error)
 		err = unix.Listen(q.FD, 16)
 	case "connect":
 		err = withAddr(q.FD, q.Addr, unix.Connect)
+	case "disconnect":
+		var unspec [16]byte
+		if _, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(q.FD), uintptr(unsafe.Pointer(&unspec)), 16); errno != 0 {
+			err = errno
+		}
 	case "accept":
 		var sa unix.Sockaddr
 		if ans.FD, sa, err = unix.Accept4(q.FD, unix.SOCK_CLOEXEC); err == nil {
@@ -95,7 +101,7 @@ func (q *question) transfer(ans *answer) (err error) {
 	case "frame":
 		err = sendFrame(q.Args[0], q.Data)
 	case "sendto":
-		err = withAddr(q.FD, q.Addr, func(fd int, sa unix.Sockaddr) error { return unix.Sendto(fd, q.Data, unix.MSG_NOSIGNAL, sa) })
+		err = withAddr(q.FD, q.Addr, func(fd int, sa unix.Sockaddr) error { return unix.Sendto(fd, q.Data, unix.MSG_NOSIGNAL|q.Args[0], sa) })
 	case "recv":
 		b := make([]byte, min(max(q.Args[0], 0), 64<<10))
 		var n int

@@ -107,7 +107,7 @@ enum own_slot {
 };
 
 /* Slots that one protected port has for its server's listeners. */
-#define SERVER_SLOTS 8
+#define SERVER_SLOTS 16
 
 /* Depth down to which a cgroup inherits from an ancestor at once; deeper
  * ones wait for the agent's scan. */

@@ -146,7 +146,7 @@ struct {
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, 40960);
+	__uint(max_entries, 73728);
 	__type(key, __u32);
 	__type(value, __u64);
 } listeners SEC(".maps");
