@@ -142,9 +142,9 @@ func (r *Recogniser) Table() *Table {
 // settle is how long changes are gathered before they are looked at.
 const settle = 5 * time.Millisecond
 
-// Run looks at the cgroups, calls f with each table that differs from the one
-// before, and with the first, until ctx ends. The namespaces of the last table
-// are closed when it returns.
+// Run looks at the cgroups until ctx ends, and calls f with the first table
+// and each that differs from the one before in more than numbers of processes.
+// The namespaces of the last table are closed when it returns.
 func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 	w, err := newWatcher(r.opt.MaxWatches)
 	if err != nil {
@@ -164,10 +164,8 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 	for first := true; ; first = false {
 		next, release := r.scan()
 		r.mu.Lock()
-		changed := first || !next.equal(r.table)
-		if changed {
-			r.table = next
-		}
+		changed := first || !next.same(r.table)
+		r.table = next
 		r.mu.Unlock()
 		if changed {
 			f(next)
@@ -192,11 +190,12 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 	}
 }
 
-// equal says whether two tables tell the same.
-func (t *Table) equal(o *Table) bool {
+// same says whether two tables tell the same, but for how many processes there
+// are: that changes with every fork.
+func (t *Table) same(o *Table) bool {
 	return slices.EqualFunc(t.Cgroups, o.Cgroups, func(a, b Cgroup) bool {
 		return a.ID == b.ID && a.Path == b.Path && a.Identity == b.Identity && a.By == b.By && a.Top == b.Top &&
-			a.Processes == b.Processes && a.Unconfined == b.Unconfined && slices.Equal(a.Ambiguous, b.Ambiguous) && slices.Equal(a.Netns, b.Netns)
+			a.Unconfined == b.Unconfined && slices.Equal(a.Ambiguous, b.Ambiguous) && slices.Equal(a.Netns, b.Netns)
 	}) && slices.EqualFunc(t.Netns, o.Netns, func(a, b Netns) bool {
 		return a.Netns == b.Netns && slices.Equal(a.Identities, b.Identities)
 	}) && slices.Equal(t.Problems, o.Problems)

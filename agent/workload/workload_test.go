@@ -194,6 +194,29 @@ func TestChangesAreNoticedWithoutRescan(t *testing.T) {
 	}
 }
 
+// TestForksAreNoChange: a workload that forks has not everything looked at
+// again by whoever is told of changes.
+func TestForksAreNoChange(t *testing.T) {
+	testenv.RequireRoot(t)
+	scope := testenv.NewCgroup(t, nil)
+	a := cgroup(t, scope, "/a")
+	sleeper(t, a, nil)
+	r, until := run(t, scope, Options{Rescan: time.Millisecond})
+	r.SetIdentities([]Identity{{Name: "a", Path: "/a"}})
+	until("one process", is("/a=a:1"))
+	sleeper(t, a, nil)
+	sleeper(t, a, nil)
+	for limit := time.Now().Add(10 * time.Second); show(r.Table()) != "/a=a:3"; time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("table %s", show(r.Table()))
+		}
+	}
+	cgroup(t, scope, "/a/b")
+	if got := until("the next change", func(*Table) bool { return true }); show(got) != "/a=a:3 /a/b=a:0" {
+		t.Errorf("told of %s", show(got))
+	}
+}
+
 func TestNamespacesAndTheirEnd(t *testing.T) {
 	testenv.RequireRoot(t)
 	scope := testenv.NewCgroup(t, nil)
