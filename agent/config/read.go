@@ -4,6 +4,7 @@ package config
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -40,11 +41,11 @@ func (r *reader) file(name string, content []byte) {
 	var doc, more yaml.Node
 	dec := yaml.NewDecoder(bytes.NewReader(content))
 	err := dec.Decode(&doc)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return
 	}
 	if err == nil {
-		if err = dec.Decode(&more); err == io.EOF {
+		if err = dec.Decode(&more); errors.Is(err, io.EOF) {
 			err = nil
 		} else if err == nil {
 			r.problem(position(name, &more), load.Error, "one document is all that is read")

@@ -177,7 +177,7 @@ func look(closed []string) report {
 		}
 	}
 	try := func(what string, err error) {
-		if err == nil || err == syscall.Errno(0) {
+		if err == nil || errors.Is(err, syscall.Errno(0)) {
 			r.Tried[what] = ""
 		} else if e, ok := asErrno(err); ok {
 			r.Tried[what] = unix.ErrnoName(e)
