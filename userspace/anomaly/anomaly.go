@@ -25,7 +25,7 @@
 // endpoint; after a warm-up of 200 a threshold of 0.02 is reachable (P of an
 // injection is then about 0.006), after 60 about 0.02 is the least there is.
 // N is the number n of learned requests, less those of the first eighth of
-// the warm-up (at most 16), up to 256, and between n/3 and 2n/3 beyond. The
+// the warm-up (at most 16), up to 512, and between n/3 and 2n/3 beyond. The
 // rate of false alarms of a threshold is at most about the threshold itself.
 //
 // P is what thresholds are for. To order requests of different endpoints,

@@ -6,12 +6,12 @@ import "math"
 
 const (
 	calibrationSteps = 48
-	firstAging       = 256
+	firstAging       = 512
 )
 
 // calibration is a histogram of scores that were given to learned requests
 // before they were learned. The scores of a young model are high and say
-// little, so at every power of two from 256 on the past counts half. Steps are a quarter of a bit wide up to 8 bits,
+// little, so at every power of two from 512 on the past counts half. Steps are a quarter of a bit wide up to 8 bits,
 // one bit up to 16, four beyond.
 type calibration struct {
 	Counts  [calibrationSteps]uint16
