@@ -5,6 +5,7 @@ package identity
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"slices"
 	"strings"
@@ -173,6 +174,40 @@ func TestEnrolmentIsChecked(t *testing.T) {
 		}
 		if _, err := ca.Sign(csrOf(t, newKey(t)), testID, 0); err == nil {
 			t.Errorf("%s: it signs", name)
+		}
+	}
+}
+
+func TestVerifyNodeRefuses(t *testing.T) {
+	root := newRoot(t)
+	scope := scopeOf(t, "n1", testID)
+	roots := []*x509.Certificate{root.cert}
+	if got, err := VerifyNode(root.intermediate(t, &scope, nil).cert, roots, testNow); err != nil || got.Node != "n1" {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for name, c := range map[string]struct {
+		change func(*x509.Certificate)
+		at     time.Duration
+		reason flow.Reason
+	}{
+		"path length 1":   {func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = 1, false }, 0, flow.ReasonCertKeyUsage},
+		"no path length":  {func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = -1, false }, 0, flow.ReasonCertKeyUsage},
+		"not a CA":        {func(c *x509.Certificate) { c.IsCA, c.MaxPathLenZero = false, false }, 0, flow.ReasonCertKeyUsage},
+		"no keyCertSign":  {func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageDigitalSignature }, 0, flow.ReasonCertKeyUsage},
+		"no scope":        {func(c *x509.Certificate) { c.ExtraExtensions = nil }, 0, flow.ReasonScope},
+		"not critical":    {func(c *x509.Certificate) { c.ExtraExtensions[0].Critical = false }, 0, flow.ReasonScope},
+		"ended":           {nil, 2 * time.Hour, flow.ReasonCertExpired},
+		"not begun":       {nil, -2 * time.Hour, flow.ReasonCertNotYet},
+		"of another root": {nil, 0, flow.ReasonCertUntrusted},
+	} {
+		ca := root
+		if name == "of another root" {
+			ca = newRoot(t)
+		}
+		scope := scopeOf(t, "n1", testID)
+		_, err := VerifyNode(ca.intermediate(t, &scope, c.change).cert, roots, testNow.Add(c.at))
+		if reason, _ := ReasonOf(err); reason != c.reason {
+			t.Errorf("%s: %v; want %s", name, err, c.reason)
 		}
 	}
 }

@@ -90,17 +90,28 @@ func TestParseScopeRefuses(t *testing.T) {
 	if good[1] >= 0x80 {
 		t.Fatal("the sample needs a short length")
 	}
+	element := func(inside ...[]byte) []byte { // a short SEQUENCE
+		body := bytes.Join(inside, nil)
+		return append([]byte{0x30, byte(len(body))}, body...)
+	}
+	node, ids := []byte{0x0c, 1, 'n'}, element([]byte("\x16\x0dspiffe://td/a"))
+	if _, err := ParseScope(element(node, ids)); err != nil {
+		t.Fatal(err)
+	}
 	for name, b := range map[string][]byte{
-		"empty":     nil,
-		"cut":       good[:len(good)-1],
-		"trailing":  append(bytes.Clone(good), 0),
-		"long form": append([]byte{good[0], 0x81, good[1]}, good[2:]...),
-		"unsorted":  rawScope(t, "n", asn1.TagIA5String, "spiffe://td/b", "spiffe://td/a"),
-		"twice":     rawScope(t, "n", asn1.TagIA5String, "spiffe://td/a", "spiffe://td/a"),
-		"utf8":      rawScope(t, "n", asn1.TagUTF8String, "spiffe://td/a"),
-		"bad id":    rawScope(t, "n", asn1.TagIA5String, "spiffe://td/a/../b"),
-		"bad node":  rawScope(t, "N", asn1.TagIA5String, "spiffe://td/a"),
-		"large":     rawScope(t, "n", asn1.TagIA5String, "spiffe://td/"+strings.Repeat("a", maxScopeBytes)),
+		"an element more":           element(node, ids, []byte{5, 0}),
+		"node as PrintableString":   element([]byte{0x13, 1, 'n'}, ids),
+		"an ID that is constructed": element(node, element([]byte("\x36\x0dspiffe://td/a"))),
+		"empty":                     nil,
+		"cut":                       good[:len(good)-1],
+		"trailing":                  append(bytes.Clone(good), 0),
+		"long form":                 append([]byte{good[0], 0x81, good[1]}, good[2:]...),
+		"unsorted":                  rawScope(t, "n", asn1.TagIA5String, "spiffe://td/b", "spiffe://td/a"),
+		"twice":                     rawScope(t, "n", asn1.TagIA5String, "spiffe://td/a", "spiffe://td/a"),
+		"utf8":                      rawScope(t, "n", asn1.TagUTF8String, "spiffe://td/a"),
+		"bad id":                    rawScope(t, "n", asn1.TagIA5String, "spiffe://td/a/../b"),
+		"bad node":                  rawScope(t, "N", asn1.TagIA5String, "spiffe://td/a"),
+		"large":                     rawScope(t, "n", asn1.TagIA5String, "spiffe://td/"+strings.Repeat("a", maxScopeBytes)),
 	} {
 		if _, err := ParseScope(b); err == nil {
 			t.Errorf("%s: accepted", name)
