@@ -303,6 +303,9 @@ func (p *pair) direction(t *Task, src, dst Stream, moved *int64) {
 
 func (p *pair) copy(t *Task, src, dst Stream, moved *int64) error {
 	for {
+		if p.err != nil { // the other direction failed before this one began: step would lift its deadline
+			return p.err
+		}
 		n, err := p.step(t, src, dst)
 		*moved += int64(n)
 		switch {
