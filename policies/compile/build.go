@@ -126,7 +126,7 @@ func (c *compiler) dangling(pos load.Position, field string, kind reference, nam
 		return
 	}
 	hint := c.report.Suggest(ref, c.names[kind][namespace])
-	if hint == "" {
+	if hint == "" && c.report.Suggests() {
 		for _, full := range c.names[kind][""] {
 			if _, name, _ := strings.Cut(full, "/"); name == ref {
 				hint = fmt.Sprintf(" (did you mean %q?)", full)

@@ -47,7 +47,24 @@ type Condition struct {
 	usesToken bool
 }
 
-var errNotBool = errors.New("evaluate condition: the result is not a bool")
+// What CEL itself says of an error may hold a parameter's or a claim's value;
+// these do not.
+var (
+	errNotBool   = errors.New("evaluate condition: the result is not a bool")
+	errMissing   = errors.New("evaluate condition: a claim, header or parameter that it reads is not there")
+	errCost      = errors.New("evaluate condition: it costs more than the limit")
+	errOperation = errors.New("evaluate condition: an operation on these values is not possible")
+)
+
+func evalError(err error) error {
+	switch text := err.Error(); {
+	case strings.Contains(text, "no such key"), strings.Contains(text, "no such attribute"):
+		return errMissing
+	case strings.Contains(text, "cost limit"):
+		return errCost
+	}
+	return errOperation
+}
 
 // Eval says whether the condition holds. An error (a claim that is not
 // there, a header that came twice, a cost over the limit) means that it
@@ -59,7 +76,7 @@ func (c *Condition) Eval(a *Activation) (bool, error) {
 		for _, name := range c.headers {
 			v, n := a.Request.HeaderValue(name)
 			if n > 1 {
-				return false, fmt.Errorf("evaluate condition: header %s came %d times", name, n)
+				return false, fmt.Errorf("evaluate condition: header %s came more than once", name)
 			}
 			if n == 1 {
 				vars.headers[name] = string(v)
@@ -68,7 +85,7 @@ func (c *Condition) Eval(a *Activation) (bool, error) {
 	}
 	out, _, err := c.program.Eval(&vars)
 	if err != nil {
-		return false, fmt.Errorf("evaluate condition: %w", err)
+		return false, evalError(err)
 	}
 	b, ok := out.(types.Bool)
 	if !ok {

@@ -3,6 +3,7 @@
 package compile
 
 import (
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -77,6 +78,25 @@ func TestCondition(t *testing.T) {
 	}
 }
 
+func TestConditionErrorsHoldNoValues(t *testing.T) {
+	for text, want := range map[string]error{
+		"token.claims[params.id] == 'x'":                  errMissing,
+		"token.claims.none == 'x'":                        errMissing,
+		"int(request.headers['X-Account']) == 1":          errOperation,
+		"timestamp(params.id) < time":                     errOperation,
+		"token.claims.tenant":                             errNotBool,
+		"request.path.matches(token.claims.tenant + '[')": errOperation,
+	} {
+		cond, errs := compileCondition(text)
+		if errs != nil {
+			t.Fatal(errs)
+		}
+		if _, err := cond.Eval(activation()); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", text, err, want)
+		}
+	}
+}
+
 func TestConditionWithoutTokenOrSource(t *testing.T) {
 	a := activation()
 	a.Token, a.Source, a.Match, a.Request.Peer = nil, nil, nil, flow.Peer{}
@@ -104,7 +124,7 @@ func TestConditionCostIsLimited(t *testing.T) {
 	for i := range a.Token.Groups {
 		a.Token.Groups[i] = strings.Repeat("g", 1+i)
 	}
-	if ok, err := cond.Eval(a); ok || err == nil || !strings.Contains(err.Error(), "cost limit") {
+	if ok, err := cond.Eval(a); ok || err == nil || !errors.Is(err, errCost) {
 		t.Errorf("large: %v, %v", ok, err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
@@ -205,6 +206,26 @@ func TestMatchDoesNotAllocate(t *testing.T) {
 			t.Errorf("%s: %v allocations", path, n)
 		}
 	}
+}
+
+func TestPlanIsSafeForConcurrentUse(t *testing.T) {
+	plan, api := buildAPI(t, manyRules(50))
+	a := caller(t, plan, "a")
+	var wg sync.WaitGroup
+	for g := range 8 {
+		wg.Go(func() {
+			var m Matches
+			for i := range 500 {
+				n := 25 + 2*(i%10)
+				api.Match(&m, a, "h", "GET", fmt.Sprintf("/v1/area%d/items/g%d", n, g))
+				if _, v := m.Rules[len(m.Rules)-1].ParamAt(0); v != fmt.Sprintf("g%d", g) {
+					t.Errorf("%d, %d: %s", g, i, found(&m))
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func TestIdentityOnly(t *testing.T) {

@@ -105,7 +105,8 @@ type Identity struct {
 	Mode      flow.Mode // of its outbound side
 	// MayCall is the ceiling of what it may call, by namespace and name.
 	MayCall []*Identity
-	Egress  []Egress
+	// Egress is where it may connect outside the mesh while it is enforced.
+	Egress []Egress
 	// Position is that of the document.
 	Position load.Position
 
@@ -174,7 +175,7 @@ func (m *Model) FullName() string { return m.Namespace + "/" + m.Name }
 
 // Tuple is one relation of a *.tuples.yaml file.
 type Tuple struct {
-	Model                  *Model // nil where the set has no RelationModel
+	Model                  *Model
 	User, Relation, Object string
 	Position               load.Position
 }

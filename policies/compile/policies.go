@@ -126,7 +126,7 @@ func (c *compiler) needsHTTP(a *API, pos load.Position, field string) bool {
 
 func (c *compiler) anomaly(d *policyDoc, s *v1alpha1.Anomaly) *Anomaly {
 	a := &Anomaly{WarmupRequests: defaultWarmup, WarmupIdentities: defaultIdentities, IgnoreErrors: s.OnError == "ignore"}
-	last, lastName, any := 1.0, "", false
+	last, lastName, some := 1.0, "", false
 	for _, t := range [...]struct {
 		name string
 		p    *v1alpha1.Probability
@@ -138,14 +138,14 @@ func (c *compiler) anomaly(d *policyDoc, s *v1alpha1.Anomaly) *Anomaly {
 		if t.p == nil {
 			continue
 		}
-		any = true
+		some = true
 		*t.to = float64(*t.p)
 		if *t.to > last {
 			c.report.Errorf(d.At("spec", "anomaly", t.name), "%s: is above %s: what is stronger needs the smaller p-value", t.name, lastName)
 		}
 		last, lastName = *t.to, t.name
 	}
-	if !any {
+	if !some {
 		c.report.Errorf(d.Key("spec", "anomaly"), "anomaly: no threshold is set; give warn, throttle, revoke or terminate")
 	}
 	if w := s.Warmup; w != nil {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/policies/library"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
 func build(t *testing.T, name string) *compile.Plan {
@@ -99,5 +100,18 @@ func TestIdentityOnly(t *testing.T) {
 	}
 	if allow, decided := api.IdentityOnly(ledger); allow || !decided {
 		t.Errorf("ledger: allow %v, decided %v", allow, decided)
+	}
+}
+
+func TestFirstLookRefusesNobody(t *testing.T) {
+	plan := build(t, "first-look")
+	web := identity(t, plan, "default/web")
+	api := plan.API(web, 80)
+	if api.Mode == flow.ModeEnforce || web.Mode == flow.ModeEnforce {
+		t.Errorf("modes %s, %s", api.Mode, web.Mode)
+	}
+	var m compile.Matches
+	if api.Match(&m, nil, "web.example", "GET", "/healthz"); len(m.Rules) != 1 || m.Refusal != flow.ReasonOK {
+		t.Errorf("%+v", m)
 	}
 }

@@ -20,9 +20,15 @@ type Document struct {
 
 // source is the text that nodes point into.
 type source struct {
-	file    string
+	file string
+	text *lines
+	skip int // lines before the document's part of the file
+}
+
+// lines is the text of a file, by line.
+type lines struct {
 	content []byte
-	skip    int // lines before the document's part of the file
+	starts  []int // of the lines, once asked for
 }
 
 // Doc is a document of one kind.
@@ -166,15 +172,36 @@ func (s *source) withinBlock(p Position, line, column int) Position {
 	return p
 }
 
-func (s *source) line(n int) string {
-	rest := string(s.content)
-	for range n - 1 {
-		_, after, ok := strings.Cut(rest, "\n")
-		if !ok {
-			return ""
-		}
-		rest = after
+func (s *source) line(n int) string { return s.text.line(n) }
+
+// line returns a line, counted from 1, without its end.
+func (l *lines) line(n int) string {
+	l.index()
+	if n < 1 || n > len(l.starts) {
+		return ""
 	}
-	line, _, _ := strings.Cut(rest, "\n")
-	return strings.TrimSuffix(line, "\r")
+	rest := l.content[l.starts[n-1]:]
+	if n < len(l.starts) {
+		rest = l.content[l.starts[n-1] : l.starts[n]-1]
+	}
+	return strings.TrimSuffix(string(rest), "\r")
+}
+
+// count returns how many lines there are, the one after the last end of line
+// included.
+func (l *lines) count() int {
+	l.index()
+	return len(l.starts)
+}
+
+func (l *lines) index() {
+	if l.starts != nil {
+		return
+	}
+	l.starts = []int{0}
+	for i, c := range l.content {
+		if c == '\n' {
+			l.starts = append(l.starts, i+1)
+		}
+	}
 }

@@ -8,7 +8,9 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -150,6 +152,10 @@ func (l *loader) file(f File) {
 		return
 	}
 	for _, part := range split(f) {
+		if l.documents++; l.documents > MaxDocuments {
+			l.report.Errorf(Position{File: part.file, Line: part.skip + 1, Column: 1}, "the set has more than %d documents", MaxDocuments)
+			return
+		}
 		for _, root := range l.parse(part) {
 			if kind == tuplesFile {
 				l.tupleFile(part, root)
@@ -163,15 +169,16 @@ func (l *loader) file(f File) {
 // part is the text of a file from one document marker to the next.
 type part struct {
 	source
-	text []byte
+	body []byte
 }
 
 // split cuts a file at its document markers, so that a syntax error in one
 // document does not hide the others.
 func split(f File) []*part {
 	var parts []*part
+	text := &lines{content: f.Content}
 	cut := func(from, to, skip int) {
-		parts = append(parts, &part{source{f.Path, f.Content, skip}, f.Content[from:to]})
+		parts = append(parts, &part{source{f.Path, text, skip}, f.Content[from:to]})
 	}
 	start, skip, line := 0, 0, 0
 	for at := 0; at < len(f.Content); line++ {
@@ -208,11 +215,11 @@ func (l *loader) parse(p *part) (roots []*yaml.Node) {
 			roots, l.set.Incomplete = nil, true
 		}
 	}()
-	dec := yaml.NewDecoder(bytes.NewReader(p.text))
+	dec := yaml.NewDecoder(bytes.NewReader(p.body))
 	for {
 		var doc yaml.Node
 		if err := dec.Decode(&doc); err != nil {
-			if err.Error() != "EOF" {
+			if !errors.Is(err, io.EOF) {
 				l.set.Incomplete = true
 				l.syntax(p, err)
 			}
@@ -243,7 +250,7 @@ func (l *loader) syntax(p *part, err error) {
 			if parserError.MatchString(message) {
 				n++ // the library counts these from 0
 			}
-			pos.Line = min(p.skip+n, bytes.Count(p.content, []byte("\n"))+1)
+			pos.Line = min(p.skip+n, p.source.text.count())
 		}
 	}
 	line := p.line(pos.Line)
@@ -259,12 +266,6 @@ var kinds = []string{
 // document decodes one policy document.
 func (l *loader) document(p *part, root *yaml.Node) {
 	d := &decoder{&p.source, &l.report}
-	if l.documents++; l.documents > MaxDocuments {
-		if l.documents == MaxDocuments+1 {
-			d.errorf(root, "the set has more than %d documents", MaxDocuments)
-		}
-		return
-	}
 	if root.Kind != yaml.MappingNode {
 		d.errorf(root, "want a document with apiVersion, kind, metadata and spec, got %s", describe(root))
 		return

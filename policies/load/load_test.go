@@ -4,6 +4,7 @@ package load
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 )
@@ -76,7 +78,7 @@ func TestBounds(t *testing.T) {
 		{"file", []File{{"f.yaml", large}}, "f.yaml: the file is larger than 1 MiB\n"},
 		{"set", set, "f16.yaml: the set is larger than 16 MiB\n"},
 		{"files", many, "f10000.yaml: the set has more than 10000 files\n"},
-		{"documents", []File{{"f.yaml", documents.Bytes()}}, "f.yaml:10001:5: the set has more than 10000 documents\n"},
+		{"documents", []File{{"f.yaml", documents.Bytes()}}, "f.yaml:10001:1: the set has more than 10000 documents\n"},
 		{"twice", []File{{"f.yaml", nil}, {"f.yaml", nil}}, "f.yaml: the file is there twice\n"},
 		{"not UTF-8", []File{{"f.yaml", []byte("a: \xff")}}, "f.yaml: the file is not UTF-8\n"},
 		{"NUL", []File{{"f.yaml", []byte("a: \x00")}}, "f.yaml: the file holds a NUL character\n"},
@@ -195,6 +197,23 @@ func unwrapAll(err error) error {
 	}
 }
 
+func TestProblemAsText(t *testing.T) {
+	p := Problem{Position{"f.yaml", 3, 7}, Warning, "m"}
+	if got := p.String(); got != "warning: f.yaml:3:7: m" || p.FileLine() != "f.yaml:3" {
+		t.Errorf("%s, %s", got, p.FileLine())
+	}
+	if got := (Problem{Message: "m"}).String(); got != "m" {
+		t.Error(got)
+	}
+	if got, err := json.Marshal(p); err != nil || string(got) != `{"file":"f.yaml","line":3,"column":7,"severity":"warning","message":"m"}` {
+		t.Errorf("%s, %v", got, err)
+	}
+	sorted := Sort([]Problem{{}, {Position: Position{"b", 1, 1}}, {Position: Position{"a", 2, 1}}, {Position: Position{"a", 1, 9}}, {Position: Position{"b", 1, 1}}})
+	if len(sorted) != 4 || sorted[0].Line != 1 || sorted[2].File != "b" || sorted[3].File != "" {
+		t.Errorf("%v", sorted)
+	}
+}
+
 func TestDidYouMean(t *testing.T) {
 	names := []string{"payments", "checkout", "ledger", "a"}
 	for name, want := range map[string]string{
@@ -237,6 +256,18 @@ func TestEveryFieldCanBeDecoded(t *testing.T) {
 				}
 			}
 			walk(typ.Field(f.index).Type)
+			kind := typ.Field(f.index).Type
+			for kind.Kind() == reflect.Pointer || kind.Kind() == reflect.Slice || kind.Kind() == reflect.Map {
+				kind = kind.Elem()
+			}
+			_, text := reflect.New(kind).Interface().(interface{ UnmarshalText([]byte) error })
+			switch kind.Kind() {
+			case reflect.Struct, reflect.String, reflect.Bool, reflect.Uint16, reflect.Uint32, reflect.Int64, reflect.Interface:
+			default:
+				if !text {
+					t.Errorf("%s.%s is a %s, which has no decoder", typ.Name(), f.name, kind)
+				}
+			}
 		}
 	}
 	for _, typ := range []reflect.Type{
@@ -256,6 +287,30 @@ func TestEveryFieldCanBeDecoded(t *testing.T) {
 		}
 		if !found {
 			t.Errorf("unsupported %s: there is no type %s", entry, owner)
+		}
+	}
+}
+
+// TestHostileDocumentsAreCheap holds that no document of the largest size
+// takes long, whatever is in it.
+func TestHostileDocumentsAreCheap(t *testing.T) {
+	fill := func(start, s string) []byte {
+		return []byte(start + strings.Repeat(s, (MaxFileBytes-len(start))/len(s)))
+	}
+	const spec = head + "metadata: {name: x}\nspec:\n"
+	for name, content := range map[string][]byte{
+		"brackets": fill("", "["), "braces": fill("", "{"), "dashes": fill("", "- "), "question marks": fill("", "? "), "quotes": fill("", "\"'"),
+		"colons": fill("", "a: "), "commas": fill("a: [", "a,"), "keys": fill(spec, "  a: b\n"), "same key": fill("", "a: b\n"),
+		"markers": fill("", "---\n"), "documents": fill("", "--- a\n"), "comments": fill("", "#\n"), "comments between": fill("", "a:\n#\n"),
+		"anchors": fill("", "- &a a\n"), "aliases": fill("- &a a\n", "- *a\n"), "tags": fill("", "- !a a\n"), "tabs": fill("", "\t"), "block": fill("a: |\n", "  \n"),
+		"indents": fill("", " \n  \n"), "long key": fill("", "a"), "unreadable": fill("", "---\n{\n"), "escapes": fill("\"", "\\u0041"),
+	} {
+		start := time.Now()
+		_, problems := Load([]File{{"f.yaml", content}})
+		if took := time.Since(start); took > 10*time.Second {
+			t.Errorf("%s: %s", name, took)
+		} else {
+			t.Logf("%s: %s, %d problems", name, took, len(problems))
 		}
 	}
 }

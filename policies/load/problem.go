@@ -15,8 +15,9 @@ import (
 // Position is a place in a file. Line and Column count from 1, the column in
 // characters; 0 is unknown.
 type Position struct {
-	File         string
-	Line, Column int
+	File   string `json:"file,omitempty"`
+	Line   int    `json:"line,omitempty"`
+	Column int    `json:"column,omitempty"`
 }
 
 // String writes FILE:LINE:COLUMN, without what is unknown.
@@ -56,11 +57,14 @@ func (s Severity) String() string {
 	return "error"
 }
 
+// MarshalText returns the severity's word.
+func (s Severity) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
 // Problem is one thing that is wrong with a set of documents.
 type Problem struct {
 	Position
-	Severity Severity
-	Message  string
+	Severity Severity `json:"severity"`
+	Message  string   `json:"message"`
 }
 
 // String writes FILE:LINE:COLUMN: MESSAGE, a warning marked as one.
@@ -80,9 +84,13 @@ func HasErrors(problems []Problem) bool {
 	return slices.ContainsFunc(problems, func(p Problem) bool { return p.Severity == Error })
 }
 
-// Sort orders problems by place and drops repetitions.
+// Sort orders problems by place, those without one last, and drops
+// repetitions.
 func Sort(problems []Problem) []Problem {
 	slices.SortStableFunc(problems, func(a, b Problem) int {
+		if (a.File == "") != (b.File == "") {
+			return cmp.Compare(b.File, a.File)
+		}
 		return cmp.Or(
 			cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column),
 			cmp.Compare(a.Severity, b.Severity), cmp.Compare(a.Message, b.Message))

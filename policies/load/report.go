@@ -38,11 +38,14 @@ func (r *Report) add(p Problem) {
 // Suggest is DidYouMean with double quotes, for the first problems: among
 // thousands nobody reads it, and it is what costs.
 func (r *Report) Suggest(name string, candidates []string) string {
-	if len(r.problems) >= maxSuggestions {
+	if !r.Suggests() {
 		return ""
 	}
 	return DidYouMean(name, candidates, `"`)
 }
+
+// Suggests says whether suggestions are still made.
+func (r *Report) Suggests() bool { return len(r.problems) < maxSuggestions }
 
 // Failed says whether there was an error.
 func (r *Report) Failed() bool { return r.errors }

@@ -37,7 +37,8 @@ type Options struct {
 	StateDir string
 	// Build makes a plan of files, nil where a problem is an error.
 	Build func([]load.File) (*compile.Plan, []load.Problem)
-	// Logger is told of every change.
+	// Logger is told of every change; the problems themselves are for who
+	// takes the events.
 	Logger *slog.Logger
 	// Debounce is how long the folder must be quiet before it is read;
 	// DefaultDebounce if 0. One that is never quiet is read after ten of
@@ -208,9 +209,6 @@ func (w *Watcher) accept(plan *compile.Plan, files []load.File, problems []load.
 // reject leaves what is in force, at the start what was kept on disk.
 func (w *Watcher) reject(problems []load.Problem, first bool) {
 	w.current.Problems = problems
-	for _, p := range problems[:min(len(problems), 10)] {
-		w.opt.Logger.Warn("policy problem", "problem", p.String())
-	}
 	if first {
 		w.restore()
 	}
