@@ -68,12 +68,12 @@ func (r *run) rules() (*compile.Match, bool) {
 	return nil, false
 }
 
-// denies holds a deny rule against the call. One that cannot be judged
-// denies, for the reason that it cannot.
+// denies holds a deny rule, which may have a condition, against the call. One
+// that cannot be judged denies, for the reason that it cannot.
 func (r *run) denies(m *compile.Match) bool {
 	f := r.satisfied(m)
 	switch f.reason {
-	case flow.ReasonRelation, flow.ReasonCondition:
+	case flow.ReasonCondition:
 		return false // a clear no
 	case flow.ReasonOK:
 		f = finding{flow.StagePolicy, flow.ReasonDenyRule, ""}
