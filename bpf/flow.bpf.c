@@ -265,6 +265,68 @@ int track(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
+static __always_inline __u64 cgroup_id(struct cgroup *cgrp)
+{
+	struct kernfs_node *kn = NULL;
+	__u64 id = 0;
+
+	if (!core_read(kn, cgrp->kn) && kn)
+		core_read(id, kn->id);
+	return id;
+}
+
+/*
+ * Sockets that were made before their cgroup had an identity get the tag
+ * that sock_create would have given them: the kernel still knows the cgroup.
+ */
+SEC("iter/task_file")
+int adopt(struct bpf_iter__task_file *ctx)
+{
+	struct file *file = ctx->file;
+	struct cgroup *cgrp, *up;
+	struct socket_tag *tag;
+	struct socket *socket;
+	struct who maker = {};
+	struct sock *sk;
+	__u64 id, first;
+	__u16 family;
+
+	if (!file)
+		return 0;
+	socket = bpf_sock_from_file(file);
+	if (!socket)
+		return 0;
+	sk = socket->sk;
+	if (!sk)
+		return 0;
+	family = sk->__sk_common.skc_family;
+	if (family != AF_INET && family != AF_INET6)
+		return 0;
+	cgrp = sk->sk_cgrp_data.cgroup;
+	if (!cgrp || bpf_sk_storage_get(&socket_tags, sk, NULL, 0))
+		return 0;
+	first = id = cgroup_id(cgrp);
+	up = cgrp;
+	for (int i = 0; id && i < MAX_LEVELS && !take(&maker, id, i > 0); i++) {
+		struct cgroup_subsys_state *parent = NULL;
+
+		/* A cgroup begins with its own state. */
+		if (core_read(parent, up->self.parent) || !parent)
+			return 0;
+		up = (struct cgroup *)parent;
+		id = cgroup_id(up);
+	}
+	if (!maker.known)
+		return 0;
+	tag = bpf_sk_storage_get(&socket_tags, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!tag)
+		return 0;
+	tag->cgroup = first;
+	tag->owner = maker.owner;
+	count(COUNT_ADOPTED);
+	return 0;
+}
+
 /* Removes what sockops could not, and keeps the usage right. */
 SEC("syscall")
 int forget(struct forget_args *args)

@@ -88,6 +88,7 @@ const (
 	KernelCounterCOUNT_SAMPLES_LOST      KernelCounter = 44
 	KernelCounterCOUNT_SAMPLES_LIMITED   KernelCounter = 45
 	KernelCounterCOUNT_SERVERS_FULL      KernelCounter = 46
+	KernelCounterCOUNT_ADOPTED           KernelCounter = 47
 	KernelCounterCOUNTERS                KernelCounter = 64
 )
 
@@ -408,6 +409,7 @@ const (
 	KernelMapSocketTags       = "socket_tags"
 	KernelMapUsage            = "usage"
 	KernelMapVerdict          = "verdict"
+	KernelProgAdopt           = "adopt"
 	KernelProgBind4           = "bind4"
 	KernelProgBind6           = "bind6"
 	KernelProgCgroupMkdir     = "cgroup_mkdir"
@@ -475,6 +477,7 @@ type KernelSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type KernelProgramSpecs struct {
+	Adopt        *ebpf.ProgramSpec `ebpf:"adopt"`
 	Bind4        *ebpf.ProgramSpec `ebpf:"bind4"`
 	Bind6        *ebpf.ProgramSpec `ebpf:"bind6"`
 	CgroupMkdir  *ebpf.ProgramSpec `ebpf:"cgroup_mkdir"`
@@ -619,6 +622,7 @@ type KernelVariables struct {
 //
 // It can be passed to LoadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type KernelPrograms struct {
+	Adopt        *ebpf.Program `ebpf:"adopt"`
 	Bind4        *ebpf.Program `ebpf:"bind4"`
 	Bind6        *ebpf.Program `ebpf:"bind6"`
 	CgroupMkdir  *ebpf.Program `ebpf:"cgroup_mkdir"`
@@ -642,6 +646,7 @@ type KernelPrograms struct {
 
 func (p *KernelPrograms) Close() error {
 	return _KernelClose(
+		p.Adopt,
 		p.Bind4,
 		p.Bind6,
 		p.CgroupMkdir,

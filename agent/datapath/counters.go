@@ -34,6 +34,7 @@ type Counters struct {
 	SamplesLost    uint64 // the ring was full
 	SamplesLimited uint64 // over the budget
 	ServersFull    uint64 // listeners of a protected port without a free slot
+	Adopted        uint64 // sockets tagged after they were made
 }
 
 // Counters reads all counters.
@@ -57,7 +58,7 @@ func (d *Datapath) Counters() (Counters, error) {
 		Events: n[bpf.KernelCounterCOUNT_EVENTS], EventsLost: n[bpf.KernelCounterCOUNT_EVENTS_LOST],
 		EventsLimited: n[bpf.KernelCounterCOUNT_EVENTS_LIMITED], Samples: n[bpf.KernelCounterCOUNT_SAMPLES],
 		SamplesLost: n[bpf.KernelCounterCOUNT_SAMPLES_LOST], SamplesLimited: n[bpf.KernelCounterCOUNT_SAMPLES_LIMITED],
-		ServersFull: n[bpf.KernelCounterCOUNT_SERVERS_FULL],
+		ServersFull: n[bpf.KernelCounterCOUNT_SERVERS_FULL], Adopted: n[bpf.KernelCounterCOUNT_ADOPTED],
 	}
 	for code := 1; code < events.ReasonCount; code++ {
 		reason, _ := events.ReasonOf(uint8(code))

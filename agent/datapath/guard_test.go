@@ -395,3 +395,57 @@ func TestReconcile(t *testing.T) {
 		t.Errorf("after close %d flows are counted (%v)", own, err)
 	}
 }
+
+// A workload that ran before anybody knew it keeps its sockets when it
+// becomes enforced: a datagram server goes on answering, a socket that was
+// made early connects late. What was made elsewhere stays foreign.
+func TestSocketsMadeBeforeAreAdopted(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	outbound, _ := n.listenAll(t)
+	must(t, n.Apply(State{Identities: map[uint64]Identity{n.agentCgroup.ID: {Flags: FlagAgent}}}))
+	child := testenv.NewActor(t, testenv.NewCgroup(t, n.clientCgroup), n.netns)
+	nobody := testenv.NewActor(t, testenv.NewCgroup(t, n.root), n.netns)
+	foreign, err := nobody.TCP(address4)
+	must(t, err)
+	f, err := foreign.File()
+	must(t, err)
+	defer f.Close()
+	handed, err := n.client.Adopt(f)
+	must(t, err)
+	type early struct {
+		udp, tcp4, tcp6 *testenv.Sock
+	}
+	var sockets []early
+	for _, a := range []*testenv.Actor{n.client, child} {
+		udp, err := a.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+		must(t, err)
+		tcp4, err := a.TCP(address4)
+		must(t, err)
+		tcp6, err := a.TCP(address6)
+		must(t, err)
+		sockets = append(sockets, early{udp, tcp4, tcp6})
+	}
+	must(t, n.Apply(n.state(flow.ModeEnforce)))
+	for _, s := range sockets {
+		if err := s.udp.SendTo([]byte("x"), netip.MustParseAddrPort("192.0.2.20:9")); err != nil {
+			t.Errorf("sendto: %v", err)
+		}
+		for fam, tcp := range map[int]*testenv.Sock{4: s.tcp4, 6: s.tcp6} {
+			dst := map[int]netip.AddrPort{4: address4, 6: address6}[fam]
+			if err := tcp.Connect(dst); err != nil {
+				t.Errorf("connect to %s: %v", dst, err)
+			}
+			if _, _, err := outbound[fam].Accept(); err != nil {
+				t.Errorf("not proxied: %v", err)
+			}
+		}
+	}
+	if err := handed.Connect(address4); err != unix.EPERM {
+		t.Errorf("a foreign socket: %v", err)
+	}
+	c, err := n.Counters()
+	must(t, err)
+	if c.Adopted < 6 {
+		t.Errorf("adopted %d", c.Adopted)
+	}
+}

@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -25,7 +26,7 @@ type State struct {
 // protects is added first and what protected is removed last, so that no
 // moment in between is more open than both ends. It stops at the first
 // error; the state may then be mixed, but never more open than the old one
-// or the new one. Verdicts to addresses whose claim changes are removed.
+// or the new one. Sockets of cgroups that are new are adopted. Verdicts to addresses whose claim changes are removed.
 func (d *Datapath) Apply(s State) error {
 	claims := make(map[bpf.KernelClaimedKey]uint32, len(s.Claims))
 	for at, number := range s.Claims {
@@ -92,7 +93,29 @@ func (d *Datapath) applyEgress(rules map[EgressRule]bool) error {
 	return nil
 }
 
+// applyIdentities gives cgroups that are new to the kernel their sockets'
+// tags before anything is refused for want of one: the softest mode is no
+// more open than no identity was.
 func (d *Datapath) applyIdentities(s State) error {
+	fresh := false
+	for id, i := range s.Identities {
+		var old bpf.KernelIdentityValue
+		if err := d.maps.IdentityByCgroup.Lookup(id, &old); !errors.Is(err, ebpf.ErrKeyNotExist) {
+			continue
+		}
+		fresh = true
+		if i.Flags&FlagAgent == 0 {
+			i.Mode, i.Flags = flow.ModeObserve, 0
+		}
+		if err := d.SetIdentity(id, i); err != nil {
+			return err
+		}
+	}
+	if fresh {
+		if err := d.kernel.Adopt(); err != nil {
+			return err
+		}
+	}
 	for id, i := range s.Identities {
 		var old bpf.KernelIdentityValue
 		if err := d.maps.IdentityByCgroup.Lookup(id, &old); err == nil && same(old, i) {

@@ -8,11 +8,13 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
@@ -52,6 +54,7 @@ type Options struct {
 type Kernel struct {
 	maps   bpf.KernelMaps
 	forget *ebpf.Program
+	adopt  *ebpf.Program // nil where the kernel refuses it
 
 	spec  *ebpf.CollectionSpec
 	dir   string
@@ -248,6 +251,13 @@ func (k *Kernel) load(maps map[string]*ebpf.Map) (*programs, error) {
 		k.lost = append(k.lost, "a workload that is started again is known only after the next scan: "+err.Error())
 		k.log.Warn("cgroup_mkdir is not available", "error", err)
 	}
+	if adopt, err := k.instance([]string{"adopt"}, nil); err == nil {
+		k.adopt = adopt.DetachProgram("adopt")
+		adopt.Close()
+	} else {
+		k.lost = append(k.lost, "sockets that a workload made before it was known are refused: "+err.Error())
+		k.log.Warn("adopt is not available", "error", err)
+	}
 	return p, nil
 }
 
@@ -293,6 +303,31 @@ func (k *Kernel) Maps() *bpf.KernelMaps { return &k.maps }
 // Forget returns the program that removes a flow entry, for agent/datapath.
 func (k *Kernel) Forget() *ebpf.Program { return k.forget }
 
+// Adopt tags the sockets that were made before their cgroup had an identity,
+// as they would have been tagged when they were made. It looks at every open
+// file of the machine. Where the kernel has no such program (see Lost) it
+// does nothing.
+func (k *Kernel) Adopt() error {
+	if k.adopt == nil {
+		return nil
+	}
+	l, err := link.AttachIter(link.IterOptions{Program: k.adopt})
+	if err != nil {
+		return fmt.Errorf("adopt sockets: %w", err)
+	}
+	defer l.Close()
+	it, err := l.Open()
+	if err != nil {
+		return fmt.Errorf("adopt sockets: %w", err)
+	}
+	defer it.Close()
+	// The program writes nothing; reading is what runs it.
+	if _, err := io.Copy(io.Discard, it); err != nil {
+		return fmt.Errorf("adopt sockets: %w", err)
+	}
+	return nil
+}
+
 // PinDir returns where everything is pinned.
 func (k *Kernel) PinDir() string { return k.dir }
 
@@ -312,6 +347,10 @@ func (k *Kernel) Close() error {
 	if k.forget != nil {
 		errs = append(errs, k.forget.Close())
 		k.forget = nil
+	}
+	if k.adopt != nil {
+		errs = append(errs, k.adopt.Close())
+		k.adopt = nil
 	}
 	for _, f := range k.locks {
 		errs = append(errs, f.Close())

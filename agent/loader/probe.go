@@ -5,6 +5,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 
@@ -71,6 +72,8 @@ func (k *Kernel) try(name, cgroup string) error {
 	switch name {
 	case "cgroup_mkdir":
 		return done(link.AttachTracing(link.TracingOptions{Program: prog}))
+	case "adopt":
+		return done(link.AttachIter(link.IterOptions{Program: prog}))
 	case "steer":
 		return inNewNetns(func(fd int) error { return done(link.AttachNetNs(fd, prog)) })
 	case "tc_egress", "tc_deliver":
@@ -85,7 +88,7 @@ func (k *Kernel) try(name, cgroup string) error {
 	return nil // attached to nothing: it is called
 }
 
-func done[L link.Link](l L, err error) error {
+func done[L io.Closer](l L, err error) error {
 	if err != nil {
 		return err
 	}

@@ -47,6 +47,8 @@ var features = []feature{
 	{"tcx", "Linux 6.6, CONFIG_NET_XGRESS", "no samples, no backstop", false, []string{"tc_egress", "tc_ingress", "tc_confined", "tc_deliver"}},
 	{"cgroup_mkdir trace point", "Linux 5.5, CONFIG_DEBUG_INFO_BTF", "a workload that is started again is known only after the next scan", false,
 		[]string{"cgroup_mkdir"}},
+	{"iterator over open files", "Linux 5.11, CONFIG_DEBUG_INFO_BTF", "sockets that a workload made before it was known are refused", false,
+		[]string{"adopt"}},
 }
 
 // Run tries everything. cgroupRoot is the cgroup2 directory that the agent

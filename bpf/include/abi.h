@@ -90,6 +90,7 @@ enum counter {
 	COUNT_SAMPLES_LOST = 44, /* the samples ring was full */
 	COUNT_SAMPLES_LIMITED = 45, /* over the budget per second */
 	COUNT_SERVERS_FULL = 46, /* a listener without a free slot */
+	COUNT_ADOPTED = 47, /* sockets tagged after they were made */
 	COUNTERS = 64,
 };
 

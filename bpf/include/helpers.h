@@ -21,6 +21,9 @@
  * verifier takes no pointer into a context that was computed. */
 #define ctx_read(field) (*(volatile typeof(field) *)&(field))
 
+/* Reads a field of a kernel structure wherever this kernel has it. */
+#define core_read(dst, field) bpf_probe_read_kernel(&(dst), sizeof(dst), __builtin_preserve_access_index(&(field)))
+
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
@@ -43,6 +46,7 @@ static __u64 (*bpf_get_current_ancestor_cgroup_id)(int level) = (void *)123;
 static long (*bpf_sk_assign)(void *ctx, void *sk, __u64 flags) = (void *)124;
 static __u64 (*bpf_ktime_get_boot_ns)(void) = (void *)125;
 static long (*bpf_ringbuf_output)(void *ringbuf, void *data, __u64 size, __u64 flags) = (void *)130;
+static struct socket *(*bpf_sock_from_file)(struct file *file) = (void *)162;
 static long (*bpf_loop)(__u32 n, void *callback, void *ctx, __u64 flags) = (void *)181;
 static int (*bpf_set_retval)(int retval) = (void *)187;
 

@@ -187,8 +187,8 @@ struct {
 } numbers SEC(".maps");
 
 /*
- * socket -> its tag. Written by sock_create and connect, by the agent for
- * its dials; read by connect, sockops, getpeername. Freed with the socket.
+ * socket -> its tag. Written by sock_create, adopt and connect, by the agent
+ * for its dials; read by connect, sockops, getpeername. Freed with the socket.
  * Full: a connection that needs a tag and gets none is refused.
  */
 struct {

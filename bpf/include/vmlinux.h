@@ -276,12 +276,42 @@ struct cgroup_root {
 	int hierarchy_id;
 };
 
+struct cgroup_subsys_state {
+	struct cgroup_subsys_state *parent;
+};
+
 struct cgroup {
-	int level;
+	struct cgroup_subsys_state self;
 	struct kernfs_node *kn;
 	struct cgroup_root *root;
 };
 
+struct sock_cgroup_data {
+	struct cgroup *cgroup;
+};
+
+struct sock_common {
+	unsigned short skc_family;
+};
+
+struct sock {
+	struct sock_common __sk_common;
+	struct sock_cgroup_data sk_cgrp_data;
+};
+
+struct socket {
+	struct sock *sk;
+};
+
 #pragma clang attribute pop
+
+struct file;
+
+struct bpf_iter__task_file {
+	void *meta;
+	void *task;
+	__u32 fd __attribute__((aligned(8)));
+	struct file *file __attribute__((aligned(8)));
+};
 
 #endif
