@@ -103,11 +103,19 @@ func TestAttacks(t *testing.T) {
 					t.Errorf("%s: P %.5f is below 1/(%d+1)", a.name, sc.P, sc.N)
 				}
 			}
+			before := s.List()[0]
+			if n >= 200 && before.Unusual < uint64(len(attacks)) {
+				t.Errorf("%d scores counted as unusual, want the %d attacks", before.Unusual, len(attacks))
+			}
 			low := 0
 			for i := range 1000 {
 				if score(s, &sm, key, o.next(n+i)).P <= limit {
 					low++
 				}
+			}
+			after := s.List()[0]
+			if after.Scored != before.Scored+1000 || after.Unusual > before.Unusual+uint64(low) {
+				t.Errorf("%d normal requests counted as %d, %d unusual", 1000, after.Scored-before.Scored, after.Unusual-before.Unusual)
 			}
 			if share := float64(low) / 1000; share > 1.1*limit+0.01 {
 				t.Errorf("%.3f of normal requests have P <= %.3f", share, limit)
