@@ -499,7 +499,11 @@ func TestProcessDiesWithAgent(t *testing.T) {
 	if err := agent.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = testenv.RemoveCgroup(filepath.Join(cg.Path, "userspace")) })
+	t.Cleanup(func() {
+		_ = agent.Process.Kill() // where the test did not come that far
+		_ = agent.Wait()
+		_ = testenv.RemoveCgroup(filepath.Join(cg.Path, "userspace"))
+	})
 	var pid int
 	if _, err := fmt.Fscan(out, &pid); err != nil {
 		t.Fatal(err)
