@@ -17,9 +17,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -403,6 +405,14 @@ func TestRenew(t *testing.T) {
 	}
 	if _, err := again.Sign(csr, idB, 0); err != nil {
 		t.Errorf("it is to sign until its intermediate ends: %v", err)
+	}
+	// A new token brings it back at once.
+	back := a.node(t, "n1", a.token(t, "n1", idA), inDir)
+	if err := back.Enroll(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if scope, _ := back.Scope(); !slices.Equal(scope.IDs, []string{idA}) || back.Problem() != "" {
+		t.Errorf("%v, problem %q", scope.IDs, back.Problem())
 	}
 	a.clock.advance(time.Hour + time.Minute)
 	_, err = again.Sign(csr, idB, 0)
@@ -814,4 +824,67 @@ func TestAuthorityInTPM(t *testing.T) {
 	if ca.Anchor() != flow.AnchorTPM {
 		t.Errorf("anchor %v", ca.Anchor())
 	}
+}
+
+// Neither an authority nor its clients leave goroutines or descriptors.
+func TestNothingLeaks(t *testing.T) {
+	once := func() {
+		a := start(t, options(t))
+		ca := a.node(t, "n1", a.token(t, "n1", idA))
+		for range 3 {
+			if err := ca.Enroll(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, err := a.client(t, a.token(t, "n2", idA)).Join(t.Context(), []byte("x"))
+		wantReason(t, "a refused one", err, flow.ReasonCertMalformed)
+		a.stop()
+	}
+	descriptors := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	once()
+	goroutines, files := runtime.NumGoroutine(), descriptors()
+	for range 5 {
+		once()
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for runtime.NumGoroutine() > goroutines+2 || descriptors() > files+2 {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d goroutines, were %d; %d descriptors, were %d", runtime.NumGoroutine(), goroutines, descriptors(), files)
+		}
+		time.Sleep(10 * time.Millisecond) // the ends of connections are nobody's event
+	}
+}
+
+func FuzzBodies(f *testing.F) {
+	s, err := newServer(options(f))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(s.close)
+	good, err := json.Marshal(joinRequest{Token: sampleToken().Encode(), CSR: csrOf(f, newKey(f))})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add([]byte(`{"token":"sjt1.","csr":"AAAA"}`))
+	f.Add([]byte(`{"csr":null}`))
+	f.Add([]byte(`{"token":"x"}{}`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		for path, handle := range map[string]http.HandlerFunc{"/v1/join": s.join, "/v1/renew": s.renew} {
+			r := httptest.NewRequest(http.MethodPost, path, bytes.NewReader(body))
+			r.TLS = &tls.ConnectionState{Version: tls.VersionTLS13}
+			w := httptest.NewRecorder()
+			handle(w, r)
+			var answer refusalAnswer
+			if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || answer.Reason == "" || w.Code != 400 && w.Code != 403 {
+				t.Errorf("%s: %d %s (%v)", path, w.Code, w.Body, err)
+			}
+		}
+	})
 }

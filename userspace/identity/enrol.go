@@ -46,7 +46,8 @@ const (
 )
 
 // Enroll joins the authority or, where the node holds a valid intermediate,
-// renews it now.
+// renews it now. A node that the authority does not know any more tries to
+// join.
 func (ca *CA) Enroll(ctx context.Context) error {
 	if ca.o.Enroller == nil {
 		return errors.New("enrol: this CA is a root")
@@ -66,6 +67,14 @@ func (ca *CA) Enroll(ctx context.Context) error {
 	if is != nil && ca.now().Before(is.cert.NotAfter) {
 		current := tls.Certificate{Certificate: [][]byte{is.cert.Raw}, PrivateKey: ca.key.Signer, Leaf: is.cert}
 		e, err = ca.o.Enroller.Renew(ctx, csr, current, is.roots)
+		var refusal *Refusal
+		if errors.As(err, &refusal) && refusal.Reason == flow.ReasonEnrolmentNode {
+			// The operator removed the node. A new join token brings it back
+			// at once, an old one changes nothing.
+			if joined, jerr := ca.o.Enroller.Join(ctx, csr); jerr == nil {
+				e, err = joined, nil
+			}
+		}
 	} else {
 		e, err = ca.o.Enroller.Join(ctx, csr)
 	}

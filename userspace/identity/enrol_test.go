@@ -4,6 +4,7 @@ package identity
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -276,6 +277,31 @@ func TestRunRenews(t *testing.T) {
 		cancel()
 		if err := <-ended; err != nil {
 			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func FuzzEnrolment(f *testing.F) {
+	authority := openCA(f, CAOptions{StateDir: f.TempDir(), Authority: true, Node: "authority"})
+	scope := scopeOf(f, "n1", testID)
+	ca := openCA(f, CAOptions{StateDir: f.TempDir(), Enroller: enrollerFunc(nil)})
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, ca.key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	der, err := authority.Issue(csr, scope, 24*time.Hour)
+	if err != nil {
+		f.Fatal(err)
+	}
+	root := authority.Trust().Roots[0]
+	f.Add("td", der, root)
+	f.Add("td", root, root)
+	f.Add("other", der, root)
+	f.Add("td", []byte{0x30}, []byte{})
+	f.Fuzz(func(t *testing.T, domain string, intermediate, root []byte) {
+		is, err := ca.checkEnrolment(Enrolment{TrustDomain: domain, Intermediate: intermediate, Roots: [][]byte{root}})
+		if err == nil && (domain != "td" || is.scope.Node != "n1" || !samePublicKey(is.cert, ca.key)) {
+			t.Errorf("took %q with scope %+v", domain, is.scope)
 		}
 	})
 }
