@@ -202,6 +202,10 @@ func TestFramesByHand(t *testing.T) {
 			}
 		})
 	}
+	child := testenv.NewActor(t, testenv.NewCgroup(t, testenv.NewCgroup(t, n.clientCgroup)), n.netns)
+	if err := child.SendFrame(n.index(t, "eth0"), syn(src4, remote4, nil)); err != unix.ENOBUFS {
+		t.Errorf("a frame of a grandchild of the workload: %v", err)
+	}
 	// The same frames of a process without identity pass.
 	before := n.refused(t, flow.ReasonUntagged)
 	must(t, testenv.NewActor(t, nil, n.netns).SendFrame(n.index(t, "eth0"), syn(src4, remote4, nil)))

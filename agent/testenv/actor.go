@@ -73,8 +73,8 @@ func NewActor(t testing.TB, cg *Cgroup, n *Netns) *Actor {
 	cmd.Env = append(os.Environ(), actorVar+"=1")
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stderr = os.Stderr
-	a := &Actor{line: pair[0], pending: map[uint64]chan answer{}}
 	received := make(chan struct{})
+	a := &Actor{line: pair[0], pending: map[uint64]chan answer{}}
 	Start(t, cg, n, cmd)
 	a.PID = cmd.Process.Pid
 	go func() {
@@ -87,6 +87,20 @@ func NewActor(t testing.TB, cg *Cgroup, n *Netns) *Actor {
 		unix.Close(a.line)
 	})
 	return a
+}
+
+// Wait waits for an actor that was killed: its sockets are closed then.
+func (a *Actor) Wait(t testing.TB) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(a.PID, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(p, 10_000); n != 1 {
+		t.Fatalf("the actor is still there (%v)", err)
+	}
 }
 
 func (a *Actor) receive() {
