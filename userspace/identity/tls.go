@@ -235,8 +235,7 @@ type ClientOptions struct {
 // server is verified by Verifier in every handshake, resumed ones included.
 // It fails where ID has no valid leaf.
 func ClientConfig(o ClientOptions) (*tls.Config, error) {
-	leaf, err := o.Leaves.Get(o.ID)
-	if err != nil {
+	if _, err := o.Leaves.Get(o.ID); err != nil {
 		return nil, err
 	}
 	if o.NextProtos == nil {
@@ -247,22 +246,33 @@ func ClientConfig(o ClientOptions) (*tls.Config, error) {
 		o.Expect = func(id string) bool { return id == peer }
 	}
 	c := &tls.Config{
-		MinVersion:           tls.VersionTLS13,
-		NextProtos:           o.NextProtos,
-		CurvePreferences:     curves,
-		InsecureSkipVerify:   true, // the name is a SPIFFE ID: VerifyConnection does it all
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &leaf.Certificate, nil },
-		Time:                 o.Verifier.now,
+		MinVersion:         tls.VersionTLS13,
+		NextProtos:         o.NextProtos,
+		CurvePreferences:   curves,
+		InsecureSkipVerify: true, // the name is a SPIFFE ID: VerifyConnection does it all
+		Time:               o.Verifier.now,
 	}
 	if o.Peer != "" {
 		c.ServerName = ServerName(o.Peer)
 	}
 	var slot *sessionSlot
 	if o.Sessions != nil && o.Peer != "" {
-		slot = &sessionSlot{sessions: o.Sessions, key: sessionKey{o.ID, o.Peer}, basis: sessionBasis{
-			leaf: leaf.Thumbprint, bundle: o.Verifier.bundle.Load(), revocations: o.Verifier.revocations.Load(),
-		}, now: o.Verifier.now}
+		slot = &sessionSlot{ClientOptions: o, basis: sessionBasis{
+			bundle: o.Verifier.bundle.Load(), revocations: o.Verifier.revocations.Load(),
+		}}
 		c.ClientSessionCache = slot
+	}
+	// The leaf is asked for when it is needed: dialling may have taken longer
+	// than the one of before lived.
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		leaf, err := o.Leaves.Get(o.ID)
+		if err != nil {
+			return nil, err
+		}
+		if slot != nil {
+			slot.basis.leaf = leaf.Thumbprint
+		}
+		return &leaf.Certificate, nil
 	}
 	c.VerifyConnection = func(cs tls.ConnectionState) error {
 		if err := checkProtocol(cs, o.NextProtos); err != nil {
@@ -308,30 +318,34 @@ func NewSessions(limit int) *Sessions {
 	return &Sessions{limit: limit, items: make(map[sessionKey]*list.Element), order: list.New()}
 }
 
-// sessionSlot is one connection's view of the store.
+// sessionSlot is one connection's view of the store; the handshake and the
+// reads of that connection use it one after the other.
 type sessionSlot struct {
-	sessions *Sessions
-	key      sessionKey
-	basis    sessionBasis
-	now      func() time.Time
-	end      []byte // set in the handshake, read when a ticket comes
+	ClientOptions
+	basis sessionBasis
+	end   []byte // set in the handshake, read when a ticket comes
 }
 
 // Get implements tls.ClientSessionCache.
 func (s *sessionSlot) Get(string) (*tls.ClientSessionState, bool) {
-	s.sessions.mu.Lock()
-	defer s.sessions.mu.Unlock()
-	e := s.sessions.items[s.key]
+	leaf, err := s.Leaves.Get(s.ID)
+	if err != nil {
+		return nil, false
+	}
+	s.basis.leaf = leaf.Thumbprint
+	s.Sessions.mu.Lock()
+	defer s.Sessions.mu.Unlock()
+	e := s.Sessions.items[sessionKey{s.ID, s.Peer}]
 	if e == nil {
 		return nil, false
 	}
 	item := e.Value.(*sessionItem)
 	_, session, err := item.state.ResumptionState()
-	if err != nil || item.basis != s.basis || !resumable(session, s.now()) {
-		s.sessions.remove(e)
+	if err != nil || item.basis != s.basis || !resumable(session, s.Verifier.now()) {
+		s.Sessions.remove(e)
 		return nil, false
 	}
-	s.sessions.order.MoveToFront(e)
+	s.Sessions.order.MoveToFront(e)
 	return item.state, true
 }
 
@@ -344,18 +358,19 @@ func (s *sessionSlot) Put(_ string, state *tls.ClientSessionState) {
 		}
 		session.Extra = append(session.Extra, s.end)
 	}
-	s.sessions.mu.Lock()
-	defer s.sessions.mu.Unlock()
-	if e := s.sessions.items[s.key]; e != nil {
-		s.sessions.remove(e)
+	key := sessionKey{s.ID, s.Peer}
+	s.Sessions.mu.Lock()
+	defer s.Sessions.mu.Unlock()
+	if e := s.Sessions.items[key]; e != nil {
+		s.Sessions.remove(e)
 	}
-	if state == nil || s.sessions.limit <= 0 {
+	if state == nil || s.Sessions.limit <= 0 {
 		return
 	}
-	if s.sessions.order.Len() >= s.sessions.limit {
-		s.sessions.remove(s.sessions.order.Back())
+	if s.Sessions.order.Len() >= s.Sessions.limit {
+		s.Sessions.remove(s.Sessions.order.Back())
 	}
-	s.sessions.items[s.key] = s.sessions.order.PushFront(&sessionItem{key: s.key, basis: s.basis, state: state})
+	s.Sessions.items[key] = s.Sessions.order.PushFront(&sessionItem{key: key, basis: s.basis, state: state})
 }
 
 func (s *Sessions) remove(e *list.Element) {
