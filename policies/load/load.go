@@ -147,6 +147,11 @@ func (l *loader) file(f File) {
 		l.report.Errorf(start, "the file holds a NUL character")
 		return
 	}
+	if line := oddBreak(f.Content); line > 0 && kind != textFile {
+		l.report.Errorf(Position{File: f.Path, Line: line, Column: 1}, "the line holds a line break that editors do not show as one (CR, NEL, LS or PS)")
+		l.set.Incomplete = true
+		return
+	}
 	if kind == textFile {
 		l.set.Texts[f.Path] = string(f.Content)
 		return
@@ -164,6 +169,27 @@ func (l *loader) file(f File) {
 			}
 		}
 	}
+}
+
+// oddBreak returns the first line in which YAML sees a line break that is
+// neither LF nor CRLF, 0 without one. Such a line is two for YAML and one for
+// who reads it: places would be wrong, and comments could hide fields.
+func oddBreak(content []byte) int {
+	for i, c := range content {
+		odd := false
+		switch c {
+		case '\r':
+			odd = i+1 == len(content) || content[i+1] != '\n'
+		case 0xc2:
+			odd = bytes.HasPrefix(content[i:], []byte("\u0085"))
+		case 0xe2:
+			odd = bytes.HasPrefix(content[i:], []byte("\u2028")) || bytes.HasPrefix(content[i:], []byte("\u2029"))
+		}
+		if odd {
+			return bytes.Count(content[:i], []byte("\n")) + 1
+		}
+	}
+	return 0
 }
 
 // part is the text of a file from one document marker to the next.

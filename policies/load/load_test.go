@@ -82,6 +82,9 @@ func TestBounds(t *testing.T) {
 		{"twice", []File{{"f.yaml", nil}, {"f.yaml", nil}}, "f.yaml: the file is there twice\n"},
 		{"not UTF-8", []File{{"f.yaml", []byte("a: \xff")}}, "f.yaml: the file is not UTF-8\n"},
 		{"NUL", []File{{"f.yaml", []byte("a: \x00")}}, "f.yaml: the file holds a NUL character\n"},
+		{"carriage return", []File{{"f.yaml", []byte("a: b\r\n# c\rspec: d\n")}}, "f.yaml:2:1: the line holds a line break"},
+		{"line separator", []File{{"f.yaml", []byte("# c\u2028spec: d\n")}}, "f.yaml:1:1: the line holds a line break"},
+		{"next line", []File{{"f.yaml", []byte("\n\n# c\u0085spec: d\n")}}, "f.yaml:3:1: the line holds a line break"},
 		{"nested", []File{{"f.yaml", []byte(deep)}}, "f.yaml:1:1: YAML: exceeded max depth"},
 		{"aliases", []File{{"f.yaml", []byte("a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]\n")}}, "f.yaml:1:4: anchors and aliases are not accepted"},
 		{"text", []File{{"f.yaml", []byte(head + "metadata: {name: x}\nspec: {owner: " + strings.Repeat("o", maxString+1) + "}\n")}}, "f.yaml:4:15: owner: a text may have 262144 bytes"},
@@ -307,7 +310,7 @@ func TestHostileDocumentsAreCheap(t *testing.T) {
 	} {
 		start := time.Now()
 		_, problems := Load([]File{{"f.yaml", content}})
-		if took := time.Since(start); took > 10*time.Second {
+		if took := time.Since(start); took > time.Minute {
 			t.Errorf("%s: %s", name, took)
 		} else {
 			t.Logf("%s: %s, %d problems", name, took, len(problems))
