@@ -139,7 +139,8 @@ func (r *Recogniser) Table() *Table {
 	return r.table
 }
 
-// settle is how long changes are gathered before they are looked at.
+// settle is the least time between two looks that changes cause: the first
+// change is looked at at once, a burst of them together.
 const settle = 5 * time.Millisecond
 
 // Run looks at the cgroups until ctx ends, and calls f with the first table
@@ -162,6 +163,7 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 	tick := time.NewTicker(r.opt.Rescan)
 	defer tick.Stop()
 	for first := true; ; first = false {
+		began := time.Now()
 		next, release := r.scan()
 		r.mu.Lock()
 		changed := first || !next.same(r.table)
@@ -182,7 +184,7 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 			select {
 			case <-ctx.Done():
 				return nil
-			case <-time.After(settle):
+			case <-time.After(settle - time.Since(began)):
 			}
 		case err := <-w.failed:
 			return err
