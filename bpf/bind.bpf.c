@@ -1,4 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+//go:build ignore
+
 /*
  * Who may take a port: our own ports are the agent's, a protected port is
  * its identity's. The bind hooks see the port that was asked for, post_bind

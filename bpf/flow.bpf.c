@@ -1,4 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+//go:build ignore
+
 /*
  * The life of a flow entry, from the moment before the SYN leaves to the
  * close of the socket; the registration of listeners; and the addresses that

@@ -1,4 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+//go:build ignore
+
 /*
  * The one object: one hook family a file, in the order in which a
  * connection meets them. Programs that are loaded once for each netns or

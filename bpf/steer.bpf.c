@@ -1,4 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+//go:build ignore
+
 /*
  * Which listener a SYN reaches. One instance a netns. Nothing that a peer
  * can forge is looked at: a flow is known by its entry or not at all.

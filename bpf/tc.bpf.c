@@ -1,4 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+//go:build ignore
+
 /*
  * The backstop and the samples, on the interfaces that are configured. One
  * instance an attachment.
