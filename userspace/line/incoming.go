@@ -27,13 +27,6 @@ func newIncoming(c *Conn, m *linepb.Message, fds []int) *Incoming {
 	return &Incoming{Message: m, conn: c, fds: fds, size: proto.Size(m) + 64}
 }
 
-// Descriptors returns how many descriptors have not been taken.
-func (in *Incoming) Descriptors() int {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	return len(in.fds)
-}
-
 // TakeFDs returns the descriptors, which become the caller's.
 func (in *Incoming) TakeFDs() []int {
 	in.mu.Lock()
