@@ -712,3 +712,20 @@ func FuzzServerName(f *testing.F) {
 		}
 	})
 }
+
+func TestClientAddress(t *testing.T) {
+	v := (&view{addresses: []NetnsAddresses{{1, []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("192.168.0.1"), netip.MustParseAddr("10.0.1.1"),
+		netip.MustParseAddr("fe80::1"), netip.MustParseAddr("2001:db8::1")}}, {2, []netip.Addr{netip.MustParseAddr("10.0.2.1")}}}}).build()
+	for _, c := range []struct{ source, dst, want string }{
+		{"127.0.0.1:5", "10.0.2.1:80", "10.0.1.1:5"},
+		{"127.0.0.1:5", "192.168.7.1:80", "192.168.0.1:5"},
+		{"127.0.0.1:5", "10.0.1.1:80", "10.0.1.1:5"},
+		{"127.0.0.1:5", "127.0.0.1:80", "127.0.0.1:5"},
+		{"[::1]:5", "[2001:db8::2]:80", "[2001:db8::1]:5"},
+		{"10.0.1.9:5", "10.0.2.1:80", "10.0.1.9:5"},
+	} {
+		if got := v.client(1, netip.MustParseAddrPort(c.source), netip.MustParseAddrPort(c.dst)); got.String() != c.want {
+			t.Errorf("%s to %s: %s, want %s", c.source, c.dst, got, c.want)
+		}
+	}
+}

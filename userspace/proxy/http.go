@@ -163,7 +163,8 @@ func (c *call) serveRequest() bool {
 	}
 	if c.d.Refused() {
 		c.record(0, 0)
-		return c.deny(c.skipBody())
+		whole := c.skipBody()
+		return c.deny(whole && c.d.Effect != flow.EffectTerminate)
 	}
 	if c.d.DirectOK {
 		c.direct()
@@ -334,21 +335,27 @@ func (c *call) exchange() bool {
 
 // pump carries the rest of the request body while the response may already
 // come.
-func (c *call) pump(t *netloop.Task) {
-	err := c.pumpBody()
-	c.pumpErr = err
-	c.pumping = false
-	if err != nil && c.upstream != nil {
-		c.upstream.Abort() // the application must not take it for complete
+func (c *call) pump(*netloop.Task) {
+	serial, client, upstream := c.serial, c.client, c.upstream
+	err := c.pumpBody(client, upstream)
+	if err != nil {
+		upstream.Abort() // the application must not take it for complete
 	}
-	c.pumped.Broadcast()
+	if c.serial == serial { // else the engine is closing
+		c.pumping, c.pumpErr = false, err
+		c.pumped.Broadcast()
+	}
 }
 
-func (c *call) pumpBody() error {
+func (c *call) pumpBody(client netloop.Stream, upstream *netloop.Conn) error {
+	serial := c.serial
 	for !c.body.Done() {
 		c.room(netloop.BufferSize)
-		_ = c.client.SetReadDeadline(time.Now().Add(c.p.opt.BodyTimeout))
-		n, err := c.client.Read(c.buf[c.w:])
+		_ = client.SetReadDeadline(time.Now().Add(c.p.opt.BodyTimeout))
+		n, err := client.Read(c.buf[c.w:])
+		if c.serial != serial {
+			return netloop.ErrClosed
+		}
 		if n == 0 && err != nil {
 			if err == io.EOF {
 				err = io.ErrUnexpectedEOF
@@ -360,14 +367,14 @@ func (c *call) pumpBody() error {
 		if err != nil {
 			return err
 		}
-		if _, err := c.upstream.Write(c.buf[c.r : c.r+used]); err != nil {
+		if _, err := upstream.Write(c.buf[c.r : c.r+used]); err != nil {
 			return err
 		}
 		c.r += used
 		if c.body.Done() {
 			return nil
 		}
-		if err := netloop.Flushed(c.upstream, flushLimit); err != nil {
+		if err := netloop.Flushed(upstream, flushLimit); err != nil {
 			return err
 		}
 	}

@@ -86,6 +86,14 @@ const (
 // detect looks at the first bytes, for at most limit.
 func (c *call) detect(limit time.Duration) spoken {
 	_ = c.client.SetReadDeadline(time.Now().Add(limit))
+	if s, ok := c.client.(interface{ AwaitRead() error }); ok && c.buf == nil {
+		switch err := s.AwaitRead(); {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return spokenNothing
+		case err != nil:
+			return spokenEnd
+		}
+	}
 	c.getBuffer()
 	for {
 		if b := c.buf[c.r:c.w]; len(b) > 0 {

@@ -37,7 +37,7 @@ func (p *Proxy) outbound(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	defer n.Add(-1)
 	v := p.view.Load()
 	c.dst = f.Destination
-	c.peer = flow.Peer{ID: v.ids[f.Identity], Number: f.Identity, Address: f.Source, Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
+	c.peer = flow.Peer{ID: v.ids[f.Identity], Number: f.Identity, Address: v.client(ns.cookie, f.Source, f.Destination), Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
 	c.leave(v)
 }
 

@@ -277,6 +277,7 @@ type counts struct {
 	overload, noFlow, handshakes, refused atomic.Uint64
 	dials, dialErrors                     atomic.Uint64
 	tunnels, streams                      atomic.Int64
+	tunnelDials                           atomic.Uint64
 	requests, opaque, killed, verdicts    atomic.Uint64
 }
 
@@ -288,7 +289,9 @@ type Stats struct {
 	HandshakesRefused         uint64
 	StreamsRefused            uint64 // CONNECT requests
 	Dials, DialErrors         uint64
-	Tunnels, Streams          int64 // live, both directions
+	Tunnels                   int64  // live, from other nodes
+	TunnelDials               uint64 // tunnels made to other nodes
+	Streams                   int64  // live, both directions
 	Requests, Opaque          uint64
 	Killed                    uint64 // live connections that were ended by a revocation, a policy or the time
 	Verdicts                  uint64 // direct verdicts asked for
@@ -300,7 +303,7 @@ func (p *Proxy) Stats() Stats {
 	return Stats{
 		Outbound: c.accepted[KindOutbound].Load(), Inbound: c.accepted[KindInbound].Load(), Tunnel: c.accepted[KindTunnel].Load(),
 		Overload: c.overload.Load(), NoFlow: c.noFlow.Load(), HandshakesRefused: c.handshakes.Load(), StreamsRefused: c.refused.Load(),
-		Dials: c.dials.Load(), DialErrors: c.dialErrors.Load(), Tunnels: c.tunnels.Load(), Streams: c.streams.Load(),
+		Dials: c.dials.Load(), DialErrors: c.dialErrors.Load(), Tunnels: c.tunnels.Load(), TunnelDials: c.tunnelDials.Load(), Streams: c.streams.Load(),
 		Requests: c.requests.Load(), Opaque: c.opaque.Load(), Killed: c.killed.Load(), Verdicts: c.verdicts.Load(),
 	}
 }

@@ -19,6 +19,11 @@ const patience = time.Second
 
 var closeLine = []byte("Connection: close\r\n")
 
+// maxInterim bounds the interim responses (1xx) to one request.
+const maxInterim = 32
+
+var errInterim = &http1.Error{Reason: flow.ReasonUpstream, Text: "too many interim responses"}
+
 // errEnded ends an exchange about which everything has been said.
 var errEnded = errors.New("the exchange has ended")
 
@@ -43,8 +48,12 @@ func (c *call) respond(head bool) (keep bool, err error) {
 
 func (a *response) relay(head bool) (bool, error) {
 	c := a.c
-	for {
-		if err := a.readHead(); err != nil {
+	for interim := 0; ; interim++ {
+		err := a.readHead()
+		if err == nil && interim > maxInterim {
+			err = errInterim
+		}
+		if err != nil {
 			if isFault(err) && !c.enforced() {
 				a.passOn(err)
 				return false, errEnded

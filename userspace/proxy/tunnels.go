@@ -178,7 +178,7 @@ func (p *Proxy) dialTunnel(c *call, deadline time.Time) (s pooledSession, err er
 	}
 	cfg := p.opt.Tunnel
 	cfg.NotAfter = earlier(leaf.NotAfter, peer.NotAfter)
-	p.counts.tunnels.Add(1)
+	p.counts.tunnelDials.Add(1)
 	now := time.Now()
 	return pooledSession{tunnel.Dial(c.t, secured, cfg), now.Add(cfg.NotAfter.Sub(now) / 2)}, nil
 }

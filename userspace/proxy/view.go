@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"errors"
+	"math/bits"
 	"net/netip"
 
 	"github.com/sallyport-dev/sallyport/policies/compile"
@@ -186,4 +187,42 @@ func (v *view) has(netns uint64, a netip.Addr) bool {
 		}
 	}
 	return false
+}
+
+// client returns the address that a client of this node would have shown:
+// its connection to the outbound listener may come from the loopback address
+// whatever it was meant for. Among the addresses of its namespace that is the
+// destination itself, or the one with the longest prefix in common with it.
+func (v *view) client(netns uint64, source, dst netip.AddrPort) netip.AddrPort {
+	to := dst.Addr().Unmap()
+	if !source.Addr().IsLoopback() || to.IsLoopback() {
+		return source
+	}
+	best, length := source.Addr(), -1
+	for _, n := range v.addresses {
+		if n.Netns != netns {
+			continue
+		}
+		for _, a := range n.Addresses {
+			a = a.Unmap()
+			if a.Is4() != to.Is4() || a.IsLoopback() || a.IsLinkLocalUnicast() != to.IsLinkLocalUnicast() {
+				continue
+			}
+			if k := commonBits(a, to); k > length {
+				best, length = a, k
+			}
+		}
+	}
+	return netip.AddrPortFrom(best, source.Port())
+}
+
+// commonBits is how many leading bits two addresses of one family share.
+func commonBits(a, b netip.Addr) int {
+	x, y := a.As16(), b.As16()
+	for i := range x {
+		if d := x[i] ^ y[i]; d != 0 {
+			return i*8 + bits.LeadingZeros8(d)
+		}
+	}
+	return 128
 }

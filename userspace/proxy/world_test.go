@@ -280,7 +280,7 @@ func (n *node) Lookup(netns uint64, src, dst netip.AddrPort) (flow.Flow, bool) {
 	defer n.mu.Unlock()
 	f, ok := n.flows[dst.Port()]
 	f.NetnsCookie = netns
-	f.Source = netip.AddrPortFrom(clientAddr, src.Port())
+	f.Source = src
 	return f, ok
 }
 

@@ -354,7 +354,7 @@ func TestDeadline(t *testing.T) {
 // and refuses what comes after.
 func TestDrain(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
-		addr := serveEcho(t, e, Config{NotAfter: time.Now().Add(150 * time.Millisecond)})
+		addr := serveEcho(t, e, Config{NotAfter: time.Now().Add(time.Second)})
 		onLoop(t, e, func(task *netloop.Task) error {
 			m, err := dial(t, task, addr, Config{})
 			if err != nil {
