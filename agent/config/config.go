@@ -147,7 +147,7 @@ type Sources struct {
 // Load makes the configuration. Every problem is returned, in the order of
 // the file; with an error among them the Config is nil.
 func Load(s Sources) (*Config, []load.Problem) {
-	c := defaults(s.Hostname)
+	c := Defaults(s.Hostname)
 	r := reader{config: c, from: map[string]load.Position{}}
 	r.file(s.File, s.Content)
 	r.env(s.Env)
@@ -181,7 +181,8 @@ func ReadFile(path string) ([]byte, error) {
 	return b, nil
 }
 
-func defaults(hostname string) *Config {
+// Defaults is the configuration of a host without any setting.
+func Defaults(hostname string) *Config {
 	return &Config{
 		TrustDomain:   "sallyport.local",
 		Node:          strings.ToLower(hostname),

@@ -112,7 +112,7 @@ func TestWholeFile(t *testing.T) {
 	if problems != "" {
 		t.Fatal(problems)
 	}
-	r := reader{config: defaults("x"), from: map[string]load.Position{}}
+	r := reader{config: Defaults("x"), from: map[string]load.Position{}}
 	r.file("agent.yaml", []byte(whole))
 	for _, s := range settings {
 		if _, ok := r.from[s.key]; !ok {

@@ -3,6 +3,7 @@
 package demo
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -234,4 +235,17 @@ func cgroup2Mount() (string, error) {
 		}
 	}
 	return "", errors.New("find cgroup2: it is not mounted; mount -t cgroup2 none /sys/fs/cgroup")
+}
+
+// awaitListener waits until something accepts at an address in a namespace.
+func (l *lab) awaitListener(ctx context.Context, space, addr string, p *process) error {
+	return waitFor(ctx, p, "listen at "+addr, func() bool {
+		return l.in(space, func() error {
+			c, err := net.DialTimeout("tcp", addr, time.Second)
+			if err != nil {
+				return err
+			}
+			return c.Close()
+		}) == nil
+	})
 }

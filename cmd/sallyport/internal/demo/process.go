@@ -29,8 +29,9 @@ type process struct {
 }
 
 // start runs argv in the namespace space and, if it is not "", in the cgroup
-// folder. Standard error goes to a file in the lab's folder.
-func (l *lab) start(space, cgroup, name string, argv ...string) (*process, error) {
+// folder. Standard error goes to a file in the lab's folder, standard output to
+// stdout or, where that is nil, to the process's out.
+func (l *lab) start(space, cgroup, name string, stdout *os.File, argv ...string) (*process, error) {
 	p := &process{done: make(chan struct{}), log: filepath.Join(l.dir, name+".log")}
 	logFile, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -52,11 +53,15 @@ func (l *lab) start(space, cgroup, name string, argv ...string) (*process, error
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	out, err := p.cmd.StdoutPipe()
-	if err != nil {
-		return nil, fmt.Errorf("start %s: %w", name, err)
+	if stdout != nil {
+		p.cmd.Stdout = stdout
+	} else {
+		out, err := p.cmd.StdoutPipe()
+		if err != nil {
+			return nil, fmt.Errorf("start %s: %w", name, err)
+		}
+		p.out = bufio.NewReader(out)
 	}
-	p.out = bufio.NewReader(out)
 	if err := l.in(space, p.cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
@@ -113,7 +118,7 @@ type application struct {
 }
 
 func (l *lab) startApp(space, cgroup, name string) (*application, error) {
-	p, err := l.start(space, cgroup, name, "/proc/self/exe", "demo", "application")
+	p, err := l.start(space, cgroup, name, nil, "/proc/self/exe", "demo", "application")
 	if err != nil {
 		return nil, err
 	}

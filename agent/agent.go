@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agent is the privileged half as a process, and wiring only: it
+// starts the rooms beneath it, brings what policy and workloads say into the
+// kernel and to the userspace process, and holds everything that process asks
+// for against its own plan.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/agent/config"
+	"github.com/sallyport-dev/sallyport/agent/control"
+	"github.com/sallyport-dev/sallyport/agent/datapath"
+	"github.com/sallyport-dev/sallyport/agent/keys"
+	"github.com/sallyport-dev/sallyport/agent/loader"
+	"github.com/sallyport-dev/sallyport/agent/metrics"
+	"github.com/sallyport-dev/sallyport/agent/revocations"
+	"github.com/sallyport-dev/sallyport/agent/sockets"
+	"github.com/sallyport-dev/sallyport/agent/supervise"
+	"github.com/sallyport-dev/sallyport/agent/workload"
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/watch"
+	"github.com/sallyport-dev/sallyport/userspace/authority"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
+)
+
+const (
+	heartbeatInterval = time.Second
+	// housekeeping is how often what has expired is swept.
+	housekeeping = 30 * time.Second
+	// countersInterval is how often userspace's counts are fetched.
+	countersInterval = time.Second
+	userspaceDir     = "userspace" // beneath the state directory
+)
+
+// Options are what Run needs.
+type Options struct {
+	Config    *config.Config
+	Version   string
+	Logger    *slog.Logger
+	Decisions io.Writer // the decision log, one JSON object a line
+	Notices   io.Writer // what a person at the terminal should see at start
+}
+
+// Agent is the running privileged half.
+type Agent struct {
+	cfg     *config.Config
+	version string
+	log     *slog.Logger
+	started time.Time
+
+	health  *metrics.Health
+	metrics *metrics.Metrics
+	hub     *control.Hub
+	kernel  *loader.Kernel
+	dp      *datapath.Datapath
+	ca      *identity.CA
+	revoked *revocations.Store
+	keys    *keys.Fetcher
+	watch   *watch.Watcher
+	finder  *workload.Recogniser
+	super   *supervise.Supervisor
+	records *recordLog
+	scored  budget // of revocations by score
+	bundles []identity.TrustDomain
+	ports   sockets.Ports
+	scope   string // cgroup subtree beneath the cgroup2 mount, "/" for all
+	cgroups ownCgroups
+
+	view atomic.Pointer[view] // what requests are held against
+
+	// mu serialises reconcile, and guards what it works on.
+	mu         sync.Mutex
+	in         inputs
+	namespaces map[uint64]*namespace
+	session    *session
+	numbers    map[string]bool // SPIFFE IDs that were given a number
+	modes      map[string]bool // identities that were in enforce last time
+	apis       map[string]bool // APIs that were in enforce last time
+	current    context.Context // ends with Run
+}
+
+// Run is the whole life of the agent. What is enforced stays enforced when it
+// returns: the pins stay.
+func Run(ctx context.Context, o Options) error {
+	a := &Agent{
+		cfg: o.Config, version: o.Version, log: o.Logger, started: time.Now(),
+		health: metrics.NewHealth(nil), hub: control.NewHub(),
+		namespaces: map[uint64]*namespace{}, numbers: map[string]bool{}, modes: map[string]bool{}, apis: map[string]bool{},
+		ports: sockets.Ports{Outbound: o.Config.Listen.Outbound, Inbound: o.Config.Listen.Inbound, Tunnel: o.Config.Listen.Tunnel},
+	}
+	a.records = newRecordLog(o.Decisions, a)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	a.current = ctx
+	closers, err := a.open(ctx, o.Notices)
+	defer func() {
+		for i := len(closers) - 1; i >= 0; i-- {
+			closers[i]()
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	return a.run(ctx, cancel)
+}
+
+// open starts everything that can fail at start, in the order in which a
+// failure leaves the least behind: nothing is attached before the state on
+// disk has been read.
+func (a *Agent) open(ctx context.Context, notices io.Writer) (closers []func(), err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("start agent: %w", err)
+		}
+	}()
+	if err := os.MkdirAll(a.cfg.StateDir, 0o755); err != nil {
+		return closers, fmt.Errorf("make state directory: %w", err)
+	}
+	if a.revoked, err = revocations.Open(a.cfg.StateDir, nil); err != nil {
+		return closers, err
+	}
+	if err := a.openCgroups(); err != nil {
+		return closers, err
+	}
+	if err := a.openCA(notices); err != nil {
+		return closers, err
+	}
+	closers = append(closers, func() { logClose(a.log, "node key", a.ca.Close()) })
+	a.kernel, err = loader.Open(loader.Options{PinDir: a.cfg.PinDir, CgroupRoot: a.cgroups.root, Logger: a.log})
+	if err != nil {
+		return closers, err
+	}
+	closers = append(closers, func() { logClose(a.log, "kernel half", a.kernel.Close()) })
+	a.dp, err = datapath.New(a.kernel, datapath.Options{
+		Ports:   datapath.Ports{Outbound: a.ports.Outbound, Inbound: a.ports.Inbound, Tunnel: a.ports.Tunnel},
+		Ceiling: a.cfg.ModeCeiling,
+	})
+	if err != nil {
+		return closers, err
+	}
+	if err := a.dp.Heartbeat(); err != nil {
+		return closers, err
+	}
+	a.keys = keys.New(keys.Options{Deliver: a.deliverKeys, Log: a.log})
+	closers = append(closers, a.keys.Close)
+	a.finder, err = workload.New(workload.Options{Scope: a.scope, Logger: a.log})
+	if err != nil {
+		return closers, err
+	}
+	a.watch = watch.New(watch.Options{
+		Dir: a.cfg.PolicyDir, StateDir: a.cfg.StateDir, Logger: a.log,
+		Build: func(files []load.File) (*compile.Plan, []load.Problem) {
+			return compile.Build(files, compile.Options{TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node})
+		},
+	})
+	if err := a.openSupervisor(); err != nil {
+		return closers, err
+	}
+	a.metrics = metrics.New(a.metricSources())
+	server, err := a.metrics.Serve(a.cfg.Listen.Metrics)
+	if err != nil {
+		return closers, err
+	}
+	server.SetReady(true) // /readyz then says what else is missing, as problems
+	closers = append(closers, func() { logClose(a.log, "metrics", server.Close(ctx)) })
+	return closers, nil
+}
+
+func (a *Agent) openCA(notices io.Writer) error {
+	o := identity.CAOptions{
+		StateDir: a.cfg.StateDir, TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node, TPM: a.cfg.Identity.TPM,
+		LeafTTL: a.cfg.Identity.LeafTTL, Log: a.log,
+	}
+	if a.cfg.Identity.Source == "authority" {
+		client, err := authority.NewClient(a.cfg.Identity.Authority.Address, a.cfg.TrustDomain, string(a.cfg.Identity.Authority.Token))
+		if err != nil {
+			return err
+		}
+		o.Enroller = client
+	}
+	var err error
+	if a.ca, err = identity.OpenCA(o); err != nil {
+		return err
+	}
+	if banner := a.ca.Banner(); banner != "" {
+		fmt.Fprintln(notices, banner)
+		a.log.Warn("the node key is in software", "anchor", a.ca.Anchor().String())
+	}
+	return nil
+}
+
+func (a *Agent) openSupervisor() error {
+	user, err := supervise.LookupUser("/etc/passwd", a.cfg.Userspace.User)
+	if err != nil {
+		return err
+	}
+	if err := user.PrepareDir(a.userspaceDir()); err != nil {
+		return err
+	}
+	a.super, err = supervise.New(supervise.Options{
+		Args: []string{"sallyport", "userspace"}, User: user, Cgroup: a.cgroups.userspace, Env: userspaceEnv(),
+		Started: a.userspaceStarted, Exited: a.userspaceExited,
+		Output: func(line string) { a.records.process(line) }, Logger: a.log,
+	})
+	return err
+}
+
+func (a *Agent) userspaceDir() string { return filepath.Join(a.cfg.StateDir, userspaceDir) }
+
+// userspaceEnv is the whole environment of the userspace process.
+func userspaceEnv() []string { return []string{"PATH=/nonexistent", "LANG=C.UTF-8"} }
+
+// run keeps everything going until ctx ends or something that the agent
+// cannot do without has ended.
+func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
+	controls := control.NewServer(control.Options{Agent: service{a}, Hub: a.hub, Revocations: a.revoked, Logger: a.log})
+	listener, err := controls.Listen(a.cfg.ControlSocket)
+	if err != nil {
+		return fmt.Errorf("start agent: %w", err)
+	}
+	var wg sync.WaitGroup
+	var once sync.Once
+	var first error
+	part := func(name string, f func() error) {
+		wg.Go(func() {
+			if err := f(); err != nil && ctx.Err() == nil {
+				once.Do(func() { first = fmt.Errorf("%s: %w", name, err) })
+				cancel()
+			}
+		})
+	}
+	part("serve control API", func() error { return controls.Serve(listener) })
+	part("keep heartbeat", func() error { return a.tick(ctx) })
+	part("keep node certificate", func() error { return a.ca.Run(ctx) })
+	part("follow trust", func() error { return a.followTrust(ctx) })
+	part("read kernel events", func() error { return a.readEvents(ctx) })
+	part("read samples", func() error { return a.readSamples(ctx) })
+	a.revoked.OnChange(a.revocationsChanged)
+	wg.Go(func() { a.watch.Run(ctx) })
+	wg.Go(func() {
+		for e := range a.watch.Events() {
+			a.policiesChanged(e)
+		}
+	})
+	part("recognise workloads", func() error { return a.finder.Run(ctx, a.workloadsChanged) })
+	// The userspace process goes first at the end: its listeners close, and
+	// what is protected refuses.
+	userspace := make(chan error, 1)
+	superCtx, superStop := context.WithCancel(context.WithoutCancel(ctx))
+	defer superStop()
+	go func() { userspace <- a.super.Run(superCtx) }()
+	a.log.Info("agent started", "version", a.version, "node", a.cfg.Node, "trustDomain", a.cfg.TrustDomain,
+		"policyDir", a.cfg.PolicyDir, "tookOver", a.kernel.TookOver(), "anchor", a.ca.Anchor().String())
+	select {
+	case <-ctx.Done():
+	case err := <-userspace:
+		userspace <- err
+		once.Do(func() { first = fmt.Errorf("run userspace: %w", err) })
+		cancel()
+	}
+	controls.Close()
+	superStop()
+	<-userspace
+	wg.Wait()
+	a.closeNamespaces()
+	if errors.Is(first, context.Canceled) {
+		return nil
+	}
+	return first
+}
+
+// tick gives the kernel its sign of life and sweeps what has ended.
+func (a *Agent) tick(ctx context.Context) error {
+	beat := time.NewTicker(heartbeatInterval)
+	defer beat.Stop()
+	sweep := time.NewTicker(housekeeping)
+	defer sweep.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-beat.C:
+			a.health.Check("heartbeat", metrics.Unhealthy, a.dp.Heartbeat(), "see the log; without it no call goes direct")
+			a.health.Check("node-certificate", metrics.Degraded, textError(a.ca.Problem()), "is the authority reachable? see identity.authority in agent.yaml")
+			a.fetchCounters(ctx)
+		case <-sweep.C:
+			a.housekeep()
+		}
+	}
+}
+
+func (a *Agent) housekeep() {
+	a.health.Check("verdict-sweep", metrics.Warning, a.dp.SweepVerdicts(), "see the log")
+	a.health.Check("revocation-sweep", metrics.Warning, a.revoked.Expire(), "is the state directory writable?")
+	a.health.Check("flow-sweep", metrics.Warning, a.reconcileFlows(), "see the log")
+	a.health.Check("pin-sweep", metrics.Warning, a.kernel.Sweep(), "see the log")
+}
+
+func logClose(log *slog.Logger, what string, err error) {
+	if err != nil {
+		log.Warn("not closed", "what", what, "err", err)
+	}
+}
+
+// textError is an error with that text, nil where there is none.
+func textError(text string) error {
+	if text == "" {
+		return nil
+	}
+	return errors.New(text)
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
+	"github.com/sallyport-dev/sallyport/agent/events"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+// eventRecord is a refusal of the kernel as the decision log writes it.
+type eventRecord struct {
+	Time        time.Time      `json:"time"`
+	Node        string         `json:"node"`
+	Source      string         `json:"source,omitempty"`
+	Destination string         `json:"destination,omitempty"`
+	Client      netip.AddrPort `json:"client,omitzero"`
+	Address     netip.AddrPort `json:"address,omitzero"`
+	Decision    string         `json:"decision"`
+	Mode        string         `json:"mode"`
+	WouldDeny   bool           `json:"wouldDeny,omitempty"`
+	Stage       string         `json:"stage"`
+	Hook        string         `json:"hook"`
+	Reason      flow.Reason    `json:"reason"`
+	Cgroup      uint64         `json:"cgroup,omitempty"`
+}
+
+// readEvents logs what the kernel refused.
+func (a *Agent) readEvents(ctx context.Context) error {
+	r, err := a.dp.Events()
+	if err != nil {
+		return err
+	}
+	return drain(ctx, r, func(e events.Event) {
+		rec := eventRecord{
+			Time: wallTime(e.Time), Node: a.cfg.Node, Source: a.idOf(e.Identity), Destination: a.idOf(e.Target),
+			Client: e.Source, Address: e.Destination, Decision: flow.EffectDeny.String(), Mode: flow.ModeEnforce.String(),
+			WouldDeny: !e.Enforced, Stage: flow.StageKernel.String(), Hook: e.Hook.String(), Reason: e.Reason, Cgroup: e.CgroupID,
+		}
+		decision := rec.Decision
+		if !e.Enforced {
+			rec.Mode, decision = flow.ModeAudit.String(), "wouldDeny"
+		}
+		raw, err := json.Marshal(rec)
+		if err != nil {
+			a.log.Error("kernel event not logged", "err", err)
+			return
+		}
+		a.records.write(raw)
+		a.hub.Publish(&controlpb.Observation{
+			TimeUnixNs: rec.Time.UnixNano(), Kind: "event", From: a.flowEnd(e.Identity, e.Source), To: a.flowEnd(e.Target, e.Destination),
+			Decision: decision, Reason: string(e.Reason), Stage: rec.Stage, Json: raw,
+		})
+	})
+}
+
+// sampleRecord is a sample as `observe` shows it.
+type sampleRecord struct {
+	Time        time.Time      `json:"time"`
+	Source      string         `json:"source,omitempty"`
+	Client      netip.AddrPort `json:"client"`
+	Address     netip.AddrPort `json:"address"`
+	Method      string         `json:"method,omitempty"`
+	Path        string         `json:"path,omitempty"`
+	Host        string         `json:"host,omitempty"`
+	Payload     uint32         `json:"payload"`
+	Interface   int            `json:"interface"`
+	Ingress     bool           `json:"ingress"`
+	NetnsCookie uint64         `json:"netns"`
+}
+
+// readSamples shows what the kernel sampled to who observes.
+func (a *Agent) readSamples(ctx context.Context) error {
+	r, err := a.dp.Samples()
+	if err != nil {
+		return err
+	}
+	return drain(ctx, r, func(s events.Sample) {
+		rec := sampleRecord{
+			Time: wallTime(s.Time), Source: a.idOf(s.Identity), Client: s.Source, Address: s.Destination, Method: s.Method, Path: s.Path,
+			Host: s.Host, Payload: s.Payload, Interface: s.Interface, Ingress: s.Ingress, NetnsCookie: s.NetnsCookie,
+		}
+		raw, err := json.Marshal(rec)
+		if err != nil {
+			a.log.Error("sample not shown", "err", err)
+			return
+		}
+		a.hub.Publish(&controlpb.Observation{
+			TimeUnixNs: rec.Time.UnixNano(), Kind: "sample", From: a.flowEnd(s.Identity, s.Source), To: s.Destination.String(),
+			Method: s.Method, Path: s.Path, Json: raw,
+		})
+	})
+}
+
+// drain reads a ring until ctx ends. A record that cannot be read is skipped.
+func drain[T any](ctx context.Context, r *events.Reader[T], f func(T)) error {
+	stop := context.AfterFunc(ctx, func() { r.Close() }) //nolint:errcheck // nothing to be done about it
+	defer stop()
+	for bad := 0; ; {
+		one, err := r.Read()
+		switch {
+		case errors.Is(err, os.ErrClosed):
+			return nil
+		case err != nil:
+			if bad++; bad > 100 {
+				return fmt.Errorf("read ring: %w", err)
+			}
+		default:
+			bad = 0
+			f(one)
+		}
+	}
+}
+
+// idOf returns the SPIFFE ID of a number, "" where there is none.
+func (a *Agent) idOf(n flow.IdentityNumber) string {
+	if v := a.view.Load(); v != nil {
+		if id := v.byNumber[n]; id != nil {
+			return id.ID
+		}
+	}
+	return ""
+}
+
+// flowEnd names one end of a flow: NAMESPACE/NAME, or the address.
+func (a *Agent) flowEnd(n flow.IdentityNumber, addr netip.AddrPort) string {
+	if v := a.view.Load(); v != nil {
+		if id := v.byNumber[n]; id != nil {
+			return id.FullName()
+		}
+	}
+	return addr.String()
+}
+
+// wallTime turns a time of CLOCK_BOOTTIME into one of the wall clock.
+func wallTime(boot time.Duration) time.Time {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return time.Now()
+	}
+	return time.Now().Add(boot - time.Duration(now.Nano()))
+}

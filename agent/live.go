@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/agent/datapath"
+	"github.com/sallyport-dev/sallyport/agent/sockdiag"
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/flow/abi"
+)
+
+// flowAge is how old a flow entry must be before its socket is looked for: a
+// younger one may belong to a socket that is just being made.
+const flowAge = 10 * time.Second
+
+// sweepLive closes the connections that would not be let through now: those of
+// the enforced that no hook of ours ever saw, those that went past the proxy
+// on a verdict that no longer holds, and those of the revoked.
+func (a *Agent) sweepLive(v *view) error {
+	flows, err := a.dp.Flows()
+	if err != nil {
+		return err
+	}
+	s := &sweep{v: v, flows: make(map[abi.FlowKey]*datapath.Flow, len(flows)), cgroups: map[uint64]*compile.Identity{}}
+	for i := range flows {
+		s.flows[flows[i].Key] = &flows[i]
+	}
+	names := map[string]*compile.Identity{}
+	for _, id := range v.plan.Identities() {
+		names[id.FullName()] = id
+	}
+	for _, c := range a.in.table.Cgroups {
+		if id := names[c.Identity]; id != nil {
+			s.cgroups[c.ID] = id
+		}
+	}
+	var errs []error
+	for cookie, ns := range v.namespaces {
+		errs = append(errs, a.sweepNetns(s, cookie, ns))
+	}
+	return errors.Join(errs...)
+}
+
+// sweep is what one pass goes by.
+type sweep struct {
+	v       *view
+	flows   map[abi.FlowKey]*datapath.Flow
+	cgroups map[uint64]*compile.Identity
+}
+
+func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace) error {
+	c, err := sockdiag.Open(ns.FD())
+	if err != nil {
+		return err
+	}
+	defer c.Close() //nolint:errcheck // nothing to be done about it
+	list, err := c.List(sockdiag.Connected...)
+	if err != nil {
+		return fmt.Errorf("list sockets of %s: %w", ns.Netns, err)
+	}
+	for i := range list {
+		reason := s.judge(cookie, &list[i])
+		if reason == flow.ReasonOK {
+			continue
+		}
+		if err := c.Destroy(&list[i]); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("close %s to %s: %w", list[i].Local, list[i].Remote, err)
+		}
+		a.metrics.ConnectionsClosed(reason, 1)
+		a.log.Info("connection closed", "reason", string(reason), "local", list[i].Local, "remote", list[i].Remote, "netns", cookie)
+	}
+	return nil
+}
+
+// judge says why a live socket is to be closed, ReasonOK if it is not.
+func (s *sweep) judge(netns uint64, sock *sockdiag.Socket) flow.Reason {
+	mine := s.flows[abi.Key(netns, sock.Local, sock.Remote)]
+	theirs := s.flows[abi.Key(netns, sock.Remote, sock.Local)]
+	if api := s.v.protected[datapath.ProtectedPort{Netns: netns, Port: sock.Local.Port()}]; api != nil && s.cgroups[sock.CgroupID] == api.Identity {
+		// The server's end: the client's entry, or the agent's dial, says
+		// that it was let through.
+		if s.v.mode(api.Mode) == flow.ModeEnforce && theirs == nil {
+			return flow.ReasonUntagged
+		}
+		return flow.ReasonOK
+	}
+	id := s.cgroups[sock.CgroupID]
+	if id == nil {
+		return flow.ReasonOK
+	}
+	if s.v.revoked[id.ID] && (mine != nil || s.v.mode(id.Mode) == flow.ModeEnforce) {
+		return flow.ReasonIdentityRevoked
+	}
+	if mine != nil {
+		if mine.Value.Kind == abi.KindDirect {
+			return s.judgeDirect(netns, sock, id)
+		}
+		return flow.ReasonOK
+	}
+	if s.v.mode(id.Mode) == flow.ModeEnforce && theirs == nil && !s.permitted(id, sock.Remote) {
+		return flow.ReasonUntagged
+	}
+	return flow.ReasonOK
+}
+
+func (s *sweep) judgeDirect(netns uint64, sock *sockdiag.Socket, id *compile.Identity) flow.Reason {
+	_, api := s.v.serverOf(sock.Remote, netns)
+	if api == nil {
+		return flow.ReasonPolicyChanged
+	}
+	if s.v.mode(api.Mode) != flow.ModeEnforce || s.v.mayGoDirect(id, api) {
+		return flow.ReasonOK
+	}
+	if s.v.revoked[id.ID] || s.v.revoked[api.Identity.ID] {
+		return flow.ReasonIdentityRevoked
+	}
+	return flow.ReasonPolicyChanged
+}
+
+// permitted says whether an enforced identity may connect to an address by
+// its egress, without any flow entry.
+func (s *sweep) permitted(id *compile.Identity, to netip.AddrPort) bool {
+	if s.v.plan.Claimed(to) != nil {
+		return false
+	}
+	for _, e := range id.Egress {
+		for _, port := range e.Ports {
+			if port == to.Port() && e.Prefix.Contains(to.Addr()) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// reconcileFlows drops the flow entries whose sockets are gone.
+func (a *Agent) reconcileFlows() error {
+	v := a.view.Load()
+	if v == nil {
+		return nil
+	}
+	live := map[[2]uint64]bool{}
+	for cookie, ns := range v.namespaces {
+		c, err := sockdiag.Open(ns.FD())
+		if err != nil {
+			return err
+		}
+		list, err := c.List(sockdiag.Connected...)
+		c.Close() //nolint:errcheck // nothing to be done about it
+		if err != nil {
+			return fmt.Errorf("list sockets of %s: %w", ns.Netns, err)
+		}
+		for _, s := range list {
+			live[[2]uint64{cookie, s.Cookie}] = true
+		}
+	}
+	removed, err := a.dp.ReconcileFlows(flowAge, func(netns, cookie uint64) bool { return live[[2]uint64{netns, cookie}] })
+	if removed > 0 {
+		a.log.Info("flow entries of sockets that are gone removed", "entries", removed)
+	}
+	return err
+}

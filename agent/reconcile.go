@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/agent/datapath"
+	"github.com/sallyport-dev/sallyport/agent/keys"
+	"github.com/sallyport-dev/sallyport/agent/metrics"
+	"github.com/sallyport-dev/sallyport/agent/revocations"
+	"github.com/sallyport-dev/sallyport/agent/workload"
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/watch"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+// ambiguousID is the name under which what several identities claim is known
+// to the kernel: it is refused everything.
+const ambiguousID = "ambiguous"
+
+// policiesChanged takes what the watcher found. A set that was refused comes
+// without a plan: the one in force stays.
+func (a *Agent) policiesChanged(e watch.Event) {
+	a.reconcile(func(in *inputs) {
+		in.problems = e.Problems
+		in.lastGood = e.FromLastGood || e.Rejected()
+		a.noteProblems(e)
+		if e.Plan == nil || e.Plan == in.plan {
+			return
+		}
+		in.plan, in.files, in.loaded = e.Plan, e.Files, time.Now()
+		in.generation++
+	})
+}
+
+// noteProblems shows a refused set in log, metric and status.
+func (a *Agent) noteProblems(e watch.Event) {
+	var refused []string
+	for _, p := range e.Problems {
+		if p.Severity == load.Error {
+			refused = append(refused, p.String())
+			a.log.Error("policy refused", "problem", p.String())
+		} else {
+			a.log.Warn("policy warning", "problem", p.String())
+		}
+	}
+	if len(refused) == 0 {
+		a.health.Clear("policies")
+		return
+	}
+	a.metrics.PolicyErrors.Inc()
+	a.health.Set("policies", metrics.Degraded, fmt.Sprintf("%d errors in %s; the last good set stays in force: %s", len(refused), a.cfg.PolicyDir, refused[0]),
+		"sallyport policy validate "+a.cfg.PolicyDir)
+}
+
+// workloadsChanged takes a new table of workloads. The namespaces of the one
+// before are closed when it returns.
+func (a *Agent) workloadsChanged(t *workload.Table) {
+	a.reconcile(func(in *inputs) { in.table = t })
+	a.health.Check("workloads", metrics.Degraded, textError(strings.Join(t.Problems, "; ")), "see the log")
+}
+
+// revocationsChanged takes the whole list of revocations.
+func (a *Agent) revocationsChanged(entries []revocations.Entry, generation uint64) {
+	a.reconcile(func(in *inputs) { in.revoked = revokedIdentities(entries) })
+	a.mu.Lock()
+	s := a.session
+	a.mu.Unlock()
+	if s != nil {
+		s.sendRevocations(entries, generation)
+	}
+}
+
+// reconcile changes an input and brings everything in line with it: listeners
+// and programs in namespaces, the kernel's maps, the userspace process. It
+// runs to its end before the next one starts.
+func (a *Agent) reconcile(change func(*inputs)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before := a.in.plan
+	change(&a.in)
+	if before != a.in.plan {
+		a.planChanged()
+	}
+	if a.in.plan == nil || a.in.table == nil {
+		// Before the first plan the kernel holds what an earlier agent left.
+		return
+	}
+	errs := []error{a.openNamespaces()}
+	v, err := a.makeView()
+	errs = append(errs, err)
+	if v == nil {
+		a.health.Check("reconcile", metrics.Unhealthy, errors.Join(errs...), "see the log")
+		return
+	}
+	a.view.Store(v)
+	if a.session != nil {
+		errs = append(errs, a.session.sendView(v, a.in.files))
+	}
+	errs = append(errs, a.reserve(v), a.voidVerdicts(before), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
+	a.dropNamespaces()
+	err = errors.Join(errs...)
+	a.health.Check("reconcile", metrics.Unhealthy, err, "see the log; what is enforced refuses meanwhile")
+	if err != nil {
+		a.log.Error("state not brought in line", "err", err)
+	}
+}
+
+// planChanged tells those who follow the plan and not the view.
+func (a *Agent) planChanged() {
+	plan := a.in.plan
+	ids := make([]workload.Identity, 0, len(plan.Identities()))
+	for _, id := range plan.Identities() {
+		if w, ok := recognised(id); ok {
+			ids = append(ids, w)
+		}
+	}
+	a.finder.SetIdentities(ids)
+	sources := make([]keys.Source, 0, len(plan.Issuers()))
+	for _, i := range plan.Issuers() {
+		sources = append(sources, keys.Source{Issuer: i.FullName(), URL: i.JWKSURL, File: i.JWKSFile, Document: i.JWKS})
+	}
+	a.health.Check("key-sources", metrics.Degraded, a.keys.SetSources(sources), "see the TokenIssuer documents")
+	a.log.Info("policies in force", "digest", plan.Digest(), "generation", a.in.generation, "identities", len(plan.Identities()), "policies", len(plan.APIs()))
+}
+
+// recognised returns an identity as the recogniser wants it.
+func recognised(id *compile.Identity) (workload.Identity, bool) {
+	s := id.Selector
+	if s == nil {
+		return workload.Identity{}, false
+	}
+	w := workload.Identity{Name: id.FullName(), Unit: s.SystemdUnit, Path: s.CgroupPath, Binary: s.ProcessBinary, Endpoints: id.Endpoints}
+	if s.HasUID {
+		w.UID = &s.UID
+	}
+	return w, true
+}
+
+// makeView puts plan, table, namespaces and addresses together.
+func (a *Agent) makeView() (*view, error) {
+	plan := a.in.plan
+	v := &view{
+		plan: plan, generation: a.in.generation, ceiling: a.cfg.ModeCeiling,
+		byNumber: map[flow.IdentityNumber]*compile.Identity{}, numbers: map[*compile.Identity]flow.IdentityNumber{},
+		local: map[*compile.Identity]bool{}, homes: homesOf(plan, a.in.table), protected: map[datapath.ProtectedPort]*compile.API{},
+		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked,
+	}
+	for _, id := range plan.Identities() {
+		n, err := a.dp.AllocateNumber(id.ID)
+		if err != nil {
+			return nil, fmt.Errorf("give %s a number: %w", id.FullName(), err)
+		}
+		v.numbers[id], v.byNumber[n] = n, id
+	}
+	for cookie, ns := range a.namespaces {
+		v.namespaces[cookie] = ns
+		for _, addr := range ns.addressList() {
+			v.addresses[addr.Unmap()] = append(v.addresses[addr.Unmap()], cookie)
+		}
+	}
+	for _, id := range plan.Identities() {
+		// Who neither lives nor serves here needs no certificate here.
+		v.local[id] = id.Selector != nil && (len(v.homes[id]) > 0 || len(v.servesIn(id)) > 0)
+	}
+	for _, api := range plan.APIs() {
+		if !v.local[api.Identity] {
+			continue
+		}
+		for _, cookie := range v.servesIn(api.Identity) {
+			for _, port := range api.Ports {
+				at := datapath.ProtectedPort{Netns: cookie, Port: port}
+				if other := v.protected[at]; other != nil && other.Identity != api.Identity {
+					return nil, fmt.Errorf("protect port %d: %s and %s both serve there", port, other.Identity.FullName(), api.Identity.FullName())
+				}
+				v.protected[at] = api
+			}
+		}
+	}
+	return v, nil
+}
+
+// servesIn says where an identity's ports are protected: where its workloads
+// live, and where its endpoints are though it is down. One with endpoints that
+// only calls from a namespace is not protected there.
+func (v *view) servesIn(id *compile.Identity) []uint64 {
+	cookies := map[uint64]bool{}
+	for _, e := range id.Endpoints {
+		for _, cookie := range v.addresses[e.Addr().Unmap()] {
+			cookies[cookie] = true
+		}
+	}
+	for _, cookie := range v.homes[id] {
+		if len(id.Endpoints) == 0 || slices.ContainsFunc(id.Endpoints, func(e netip.AddrPort) bool { return e.Addr().IsLoopback() }) {
+			cookies[cookie] = true
+		}
+	}
+	out := make([]uint64, 0, len(cookies))
+	for c := range cookies {
+		if v.namespaces[c] != nil {
+			out = append(out, c)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// state is what the kernel is to hold.
+func (a *Agent) state(v *view) datapath.State {
+	s := datapath.State{
+		Identities: map[uint64]datapath.Identity{a.cgroups.agentID: {Flags: datapath.FlagAgent, Mode: flow.ModeEnforce}},
+		Paths:      map[string]datapath.Identity{}, Claims: map[netip.AddrPort]flow.IdentityNumber{},
+		Egress: map[datapath.EgressRule]bool{}, Protected: map[datapath.ProtectedPort]datapath.Protection{},
+	}
+	names := map[string]*compile.Identity{}
+	for _, id := range v.plan.Identities() {
+		names[id.FullName()] = id
+		for _, e := range id.Endpoints {
+			s.Claims[e] = v.numbers[id]
+		}
+		for _, e := range id.Egress {
+			for _, port := range e.Ports {
+				for _, protocol := range []uint8{6, 17} {
+					s.Egress[datapath.EgressRule{Identity: v.numbers[id], Prefix: e.Prefix, Port: port, Protocol: protocol}] = true
+				}
+			}
+		}
+		if path := a.exactPath(id); path != "" {
+			s.Paths[path] = a.kernelIdentity(v, id, 0)
+		}
+	}
+	for _, c := range a.in.table.Cgroups {
+		switch id := names[c.Identity]; {
+		case id != nil:
+			flags := datapath.Flags(0)
+			if !a.wired(c.Netns) {
+				flags = datapath.FlagPending
+			}
+			s.Identities[c.ID] = a.kernelIdentity(v, id, flags)
+		case len(c.Ambiguous) > 0:
+			s.Identities[c.ID] = a.ambiguous(v, names, c.Ambiguous)
+		}
+	}
+	for at, api := range v.protected {
+		s.Protected[at] = datapath.Protection{Identity: v.numbers[api.Identity], Mode: v.mode(api.Mode)}
+	}
+	return s
+}
+
+func (a *Agent) kernelIdentity(v *view, id *compile.Identity, flags datapath.Flags) datapath.Identity {
+	mode := v.mode(id.Mode)
+	if mode == flow.ModeEnforce {
+		flags |= datapath.FlagEgressDeny
+	}
+	if v.revoked[id.ID] {
+		flags |= datapath.FlagRevoked
+	}
+	return datapath.Identity{Number: v.numbers[id], Mode: mode, Flags: flags}
+}
+
+// ambiguous is what a workload gets that several identities claim: refused in
+// the strictest of their modes.
+func (a *Agent) ambiguous(v *view, names map[string]*compile.Identity, claimants []string) datapath.Identity {
+	mode := flow.ModeObserve
+	for _, name := range claimants {
+		if id := names[name]; id != nil {
+			mode = max(mode, v.mode(id.Mode))
+		}
+	}
+	a.health.Set("ambiguous/"+strings.Join(claimants, "+"), metrics.Degraded,
+		"one workload matches "+strings.Join(claimants, " and ")+": it has no identity and is refused", "make their select lines exclude each other")
+	n, err := a.dp.AllocateNumber(ambiguousID)
+	if err != nil {
+		a.log.Error("no number for what is ambiguous", "err", err)
+	}
+	return datapath.Identity{Number: n, Mode: mode, Flags: datapath.FlagRevoked}
+}
+
+// exactPath is the path in the cgroup2 hierarchy at which a cgroup is the
+// identity's by its name alone, "" where more has to be looked at.
+func (a *Agent) exactPath(id *compile.Identity) string {
+	s := id.Selector
+	if s == nil || s.HasUID || s.ProcessBinary != "" {
+		return ""
+	}
+	if s.CgroupPath != "" {
+		return filepath.Join(a.scope, s.CgroupPath)
+	}
+	if s.SystemdUnit != "" && !strings.Contains(s.SystemdUnit, "@") && a.scope == "/" {
+		return filepath.Join("/system.slice", s.SystemdUnit)
+	}
+	return ""
+}
+
+// voidVerdicts voids what was decided under an earlier plan, policy by policy.
+func (a *Agent) voidVerdicts(before *compile.Plan) error {
+	if before == nil || before == a.in.plan {
+		return nil
+	}
+	var errs []error
+	for _, api := range before.APIs() {
+		errs = append(errs, a.dp.BumpGeneration(api.Name))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/sallyport-dev/sallyport/agent/datapath"
+	"github.com/sallyport-dev/sallyport/agent/metrics"
+	"github.com/sallyport-dev/sallyport/agent/revocations"
+	"github.com/sallyport-dev/sallyport/agent/supervise"
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/line"
+	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+)
+
+const (
+	// readyTimeout bounds the start of the userspace process, the migration
+	// of its relation store included.
+	readyTimeout = 60 * time.Second
+	// policiesTimeout bounds its taking over a policy set.
+	policiesTimeout = 60 * time.Second
+	// questionTimeout bounds what an operator asks through the agent.
+	questionTimeout = 10 * time.Second
+	listenBacklog   = 4096
+)
+
+// session is the line to one userspace process, from its start to its end.
+type session struct {
+	a     *Agent
+	conn  *line.Conn
+	pid   int
+	ready chan struct{} // closed at its first message
+	once  sync.Once
+
+	// What it was sent last; guarded by Agent.mu.
+	generation uint64
+	sent       map[string][]byte // encoded messages by name, to send differences alone
+
+	counted map[decisionKey]uint64 // decisions taken over so far; the ticker's alone
+}
+
+// userspaceStarted speaks to a new userspace process: who it is for first, and
+// when it is ready everything that it needs to work.
+func (a *Agent) userspaceStarted(p *supervise.Process) {
+	s := &session{a: a, pid: p.PID, ready: make(chan struct{}), sent: map[string][]byte{}, counted: map[decisionKey]uint64{}}
+	s.conn = line.NewConn(p.Socket, line.Options{Handle: s.handle, Concurrent: concurrent, Logger: a.log})
+	start := &linepb.Start{
+		Node: a.cfg.Node, TrustDomain: a.cfg.TrustDomain, StateDir: a.userspaceDir(), ModeCeiling: uint32(a.cfg.ModeCeiling),
+		Loops: uint32(a.cfg.Userspace.Loops), Goroutines: a.cfg.Userspace.Goroutines, TunnelPort: uint32(a.ports.Tunnel),
+		Anchor: a.ca.Anchor().String(), LeafTtlNs: int64(a.cfg.Identity.LeafTTL),
+	}
+	if err := s.conn.Notify(&linepb.Message{Body: &linepb.Message_Start{Start: start}}); err != nil {
+		a.log.Error("userspace not told to start", "err", err)
+		return
+	}
+	timeout := time.NewTimer(readyTimeout)
+	defer timeout.Stop()
+	select {
+	case <-s.ready:
+	case <-s.conn.Done():
+		return
+	case <-timeout.C:
+		a.log.Error("userspace did not become ready", "pid", p.PID, "after", readyTimeout)
+		s.conn.Close() //nolint:errcheck // it is ended by that
+		return
+	}
+	if err := s.sendMaps(); err != nil {
+		a.log.Error("flow map not handed over", "err", err)
+		s.conn.Close() //nolint:errcheck // it is ended by that
+		return
+	}
+	s.sendTrust()
+	entries, generation := a.revoked.List()
+	s.sendRevocations(entries, generation)
+	a.mu.Lock()
+	a.session = s
+	for _, ns := range a.namespaces {
+		ns.setListening(false)
+	}
+	a.mu.Unlock()
+	a.health.Clear("userspace")
+	a.keys.Replay()
+	a.reconcile(func(*inputs) {})
+}
+
+// userspaceExited takes note that a process is gone, and its listeners with
+// it: what they stood before refuses until the next one is there.
+func (a *Agent) userspaceExited(p *supervise.Process, err error) {
+	a.mu.Lock()
+	if a.session != nil && a.session.pid == p.PID {
+		a.session.conn.Close() //nolint:errcheck // its other end is gone
+		a.session = nil
+	}
+	a.mu.Unlock()
+	a.metrics.UserspaceRestarts.Inc()
+	if a.current.Err() == nil {
+		a.health.Set("userspace", metrics.Unhealthy, fmt.Sprintf("the userspace process ended: %v; it is started again", err), "see the log for why")
+	}
+}
+
+// notify sends a message; one that cannot be sent ends the process, because
+// it would go on under something old.
+func (s *session) notify(m *linepb.Message, fds ...int) error {
+	err := s.conn.Notify(m, fds...)
+	if err != nil && !errors.Is(err, line.ErrClosed) {
+		s.a.log.Error("userspace does not take messages, ending it", "err", err)
+		s.conn.Close() //nolint:errcheck // it is ended by that
+	}
+	return err
+}
+
+// notifyChanged is notify for what replaces an earlier message of that name,
+// unless it is the same again. Agent.mu is held.
+func (s *session) notifyChanged(name string, m *linepb.Message) error {
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", name, err)
+	}
+	if slices.Equal(raw, s.sent[name]) {
+		return nil
+	}
+	if err := s.notify(m); err != nil {
+		return fmt.Errorf("send %s: %w", name, err)
+	}
+	s.sent[name] = raw
+	return nil
+}
+
+func (s *session) sendMaps() error {
+	f, err := s.a.dp.FlowMapReadOnly()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return s.notify(&linepb.Message{Body: &linepb.Message_Maps{Maps: &linepb.Maps{}}}, int(f.Fd()))
+}
+
+// sendTrust sends the roots to verify peers by.
+func (s *session) sendTrust() {
+	m := &linepb.Trust{}
+	for _, d := range s.a.trust() {
+		if len(d.Roots) > 0 {
+			m.Domains = append(m.Domains, &linepb.TrustDomain{Name: d.Name, Roots: d.Roots})
+		}
+	}
+	s.notify(&linepb.Message{Body: &linepb.Message_Trust{Trust: m}}) //nolint:errcheck // notify ends it
+}
+
+func (s *session) sendRevocations(entries []revocations.Entry, generation uint64) {
+	m := &linepb.Revocations{Generation: generation}
+	for _, e := range entries {
+		r := &linepb.Revocation{Kind: string(e.Kind), Value: e.Value, SinceUnixNs: e.Since.UnixNano()}
+		if !e.Until.IsZero() {
+			r.UntilUnixNs = e.Until.UnixNano()
+		}
+		m.Revocations = append(m.Revocations, r)
+	}
+	s.notify(&linepb.Message{Body: &linepb.Message_Revocations{Revocations: m}}) //nolint:errcheck // notify ends it
+}
+
+// sendView brings the process in line with a view: identities and addresses,
+// then the policies that speak of them, then the listeners through which
+// traffic comes. Agent.mu is held.
+func (s *session) sendView(v *view, files []load.File) error {
+	ids := &linepb.Identities{}
+	for n, id := range v.byNumber {
+		if v.local[id] {
+			ids.Identities = append(ids.Identities, &linepb.Identity{Number: uint32(n), Id: id.ID, Name: id.FullName()})
+		}
+	}
+	slices.SortFunc(ids.Identities, func(a, b *linepb.Identity) int { return int(a.Number) - int(b.Number) })
+	addresses := &linepb.Addresses{}
+	for cookie, ns := range v.namespaces {
+		n := &linepb.NetnsAddresses{NetnsCookie: cookie}
+		for _, a := range ns.addressList() {
+			n.Addresses = append(n.Addresses, a.AsSlice())
+		}
+		addresses.Netns = append(addresses.Netns, n)
+	}
+	slices.SortFunc(addresses.Netns, func(a, b *linepb.NetnsAddresses) int {
+		if a.NetnsCookie < b.NetnsCookie {
+			return -1
+		}
+		return 1
+	})
+	errs := []error{
+		s.notifyChanged("identities", &linepb.Message{Body: &linepb.Message_Identities{Identities: ids}}),
+		s.notifyChanged("addresses", &linepb.Message{Body: &linepb.Message_Addresses{Addresses: addresses}}),
+	}
+	if s.generation != v.generation {
+		if err := s.sendPolicies(v.generation, files); err != nil {
+			errs = append(errs, err)
+		} else {
+			s.generation = v.generation
+		}
+	}
+	if s.generation == 0 {
+		return errors.Join(errs...) // nothing may come before there is a plan
+	}
+	for cookie, ns := range v.namespaces {
+		if !ns.isListening() {
+			errs = append(errs, s.listen(cookie, ns))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// sendPolicies hands over the documents and waits until they are in force.
+func (s *session) sendPolicies(generation uint64, files []load.File) error {
+	set := &linepb.PolicyFiles{}
+	for _, f := range files {
+		set.Files = append(set.Files, &linepb.PolicyFile{Path: f.Path, Content: f.Content})
+	}
+	raw, err := proto.Marshal(set)
+	if err != nil {
+		return fmt.Errorf("encode policies: %w", err)
+	}
+	fd, err := line.Sealed("policies", raw)
+	if err != nil {
+		return fmt.Errorf("hand over policies: %w", err)
+	}
+	defer unix.Close(fd) //nolint:errcheck // a copy has been sent
+	ctx, cancel := context.WithTimeout(s.a.current, policiesTimeout)
+	defer cancel()
+	m, fds, err := s.conn.Call(ctx, &linepb.Message{Body: &linepb.Message_Policies{Policies: &linepb.Policies{Generation: generation}}}, fd)
+	closeAll(fds)
+	if err != nil {
+		return fmt.Errorf("hand over policies: %w", err)
+	}
+	why := m.GetPoliciesReply().GetError()
+	s.a.health.Check("policies-userspace", metrics.Degraded, textError(why), "what the message names is refused meanwhile")
+	return nil
+}
+
+// listen makes the listeners of a namespace, puts them where the kernel steers
+// to, and hands them over. No copy stays here: the process's end closes them.
+func (s *session) listen(cookie uint64, ns *namespace) error {
+	list, err := ns.Listen(s.a.ports, listenBacklog)
+	s.a.health.Check(fmt.Sprintf("listeners/%d", cookie), metrics.Unhealthy, err, "end what holds the port, or choose another with listen.* in agent.yaml")
+	if err != nil {
+		return err
+	}
+	m := &linepb.Listeners{}
+	var fds []int
+	for _, l := range list {
+		fds = append(fds, l.FD)
+	}
+	defer closeAll(fds)
+	for _, l := range list {
+		if err := s.a.dp.SetListener(cookie, datapath.ListenerKind(l.Kind), l.Family, l.FD); err != nil {
+			return fmt.Errorf("register %s listener of %s: %w", l.Kind, ns.Netns, err)
+		}
+		m.Listeners = append(m.Listeners, &linepb.Listener{Kind: linepb.ListenerKind(l.Kind), NetnsCookie: cookie, Family: uint32(l.Family)})
+	}
+	if err := s.notify(&linepb.Message{Body: &linepb.Message_Listeners{Listeners: m}}, fds...); err != nil {
+		return fmt.Errorf("hand over listeners of %s: %w", ns.Netns, err)
+	}
+	ns.setListening(true)
+	return nil
+}
+
+func (s *session) closeListeners(cookie uint64) {
+	s.notify(&linepb.Message{Body: &linepb.Message_CloseListeners{CloseListeners: &linepb.CloseListeners{NetnsCookie: cookie}}}) //nolint:errcheck // notify ends it
+}
+
+// ask puts a question to the userspace process.
+func (a *Agent) ask(ctx context.Context, m *linepb.Message) (*linepb.Message, error) {
+	a.mu.Lock()
+	s := a.session
+	a.mu.Unlock()
+	if s == nil {
+		return nil, errors.New("the userspace process is not running; see `sallyport status`")
+	}
+	ctx, cancel := context.WithTimeout(ctx, questionTimeout)
+	defer cancel()
+	reply, fds, err := s.conn.Call(ctx, m)
+	closeAll(fds)
+	return reply, err
+}
+
+// deliverKeys hands an issuer's keys to the userspace process.
+func (a *Agent) deliverKeys(issuer string, document []byte, fetched time.Time, err error) {
+	m := &linepb.KeySet{Issuer: issuer, Jwks: document}
+	if !fetched.IsZero() {
+		m.FetchedUnixNs = fetched.UnixNano()
+	}
+	if err != nil {
+		m.Error = err.Error()
+	}
+	a.health.Check("keys/"+issuer, metrics.Degraded, err, "is the issuer's key set where its TokenIssuer says?")
+	a.mu.Lock()
+	s := a.session
+	a.mu.Unlock()
+	if s != nil {
+		s.notify(&linepb.Message{Body: &linepb.Message_KeySet{KeySet: m}}) //nolint:errcheck // notify ends it
+	}
+}
+
+// trust is every root that this node trusts: its own domain's, and those of
+// the bundles that the configuration names.
+func (a *Agent) trust() []identity.TrustDomain {
+	return append([]identity.TrustDomain{a.ca.Trust()}, a.bundles...)
+}
+
+// followTrust sends the roots again when enrolment changes them.
+func (a *Agent) followTrust(ctx context.Context) error {
+	for {
+		changed := a.ca.Changed()
+		a.mu.Lock()
+		s := a.session
+		a.mu.Unlock()
+		if s != nil {
+			s.sendTrust()
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd) //nolint:errcheck // nothing to be done about it
+	}
+}

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package demo runs two nodes on one machine and judges, case by case, what
+// real programs saw: the client, the server, or a squatter, never the agent
+// alone.
+package demo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+const (
+	authorityHost    = "10.77.1.2"
+	authorityAddress = authorityHost + ":15443"
+	nodeB            = "10.77.1.2"
+	nodeB6           = "[fd77:1::2]"
+	paymentsURL      = "http://" + nodeB + ":8080"
+	catalogURL       = "http://" + nodeB + ":8081"
+	ledgerAddr       = nodeB + ":9090"
+	vaultAddr        = nodeB + ":7070"
+)
+
+// Options of Run.
+type Options struct {
+	Out      io.Writer
+	JSON     bool
+	Ceiling  flow.Mode
+	KeepLogs bool
+}
+
+// demo is one run.
+type demo struct {
+	o         Options
+	lab       *lab
+	issuer    *issuer
+	a, b      *node
+	apps      map[string]*application
+	processes []*process
+	passed    int
+	failed    int
+}
+
+// Run runs the demo and says whether every case passed. It cleans up whatever
+// happens, also when ctx ends.
+func Run(ctx context.Context, o Options) (passed bool, err error) {
+	d := &demo{o: o, apps: map[string]*application{}}
+	defer func() { err = errors.Join(err, d.close()) }()
+	if err := d.open(ctx); err != nil {
+		return false, err
+	}
+	for _, c := range cases {
+		if ctx.Err() != nil {
+			return false, ctx.Err()
+		}
+		d.run(ctx, c)
+	}
+	d.summary()
+	return d.failed == 0, nil
+}
+
+// scenario is one case: how it is tried, what the programs have to see, and
+// where it has to be decided ("" where nothing decides).
+type scenario struct {
+	name     string
+	expected string
+	decided  string
+	try      func(context.Context, *demo) (got, decidedBy string, err error)
+}
+
+// outcome is a line of -o json.
+type outcome struct {
+	Case      string `json:"case"`
+	Expected  string `json:"expected"`
+	Got       string `json:"got"`
+	DecidedBy string `json:"decidedBy"`
+	Pass      bool   `json:"pass"`
+}
+
+func (d *demo) run(ctx context.Context, c scenario) {
+	got, by, err := c.try(ctx, d)
+	if err != nil {
+		got = strings.TrimSpace(got + " error: " + err.Error())
+	}
+	r := outcome{c.name, c.expected, got, by, err == nil && got == c.expected && by == c.decided}
+	if r.Pass {
+		d.passed++
+	} else {
+		d.failed++
+	}
+	if d.o.JSON {
+		d.writeJSON(r)
+		return
+	}
+	mark := "ok  "
+	if !r.Pass {
+		mark = "FAIL"
+	}
+	line := fmt.Sprintf("%s %-74s %s", mark, r.Case, r.Got)
+	if !r.Pass {
+		line += fmt.Sprintf("\n     expected %s, decided by %s", r.Expected, orNobody(c.decided))
+	}
+	fmt.Fprintf(d.o.Out, "%s  [%s]\n", line, orNobody(r.DecidedBy))
+}
+
+func orNobody(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func (d *demo) writeJSON(v any) {
+	e := json.NewEncoder(d.o.Out)
+	e.SetEscapeHTML(false)
+	e.Encode(v) //nolint:errcheck // standard output is gone
+}
+
+func (d *demo) summary() {
+	if d.o.JSON {
+		d.writeJSON(map[string]any{"summary": map[string]int{"passed": d.passed, "failed": d.failed}})
+		return
+	}
+	fmt.Fprintf(d.o.Out, "%d passed, %d failed\n", d.passed, d.failed)
+}
+
+// say tells a person what is going on.
+func (d *demo) say(format string, args ...any) {
+	if !d.o.JSON {
+		fmt.Fprintf(d.o.Out, format+"\n", args...)
+	}
+}
+
+// open brings both nodes up with their applications.
+func (d *demo) open(ctx context.Context) error {
+	var err error
+	if d.lab, err = newLab(); err != nil {
+		return err
+	}
+	if d.issuer, err = newIssuer(); err != nil {
+		return err
+	}
+	jwks := filepath.Join(d.lab.dir, "jwks.json")
+	if err := d.issuer.publish(jwks); err != nil {
+		return err
+	}
+	if err := d.openAuthority(ctx, jwks); err != nil {
+		return err
+	}
+	if err := d.openTPM(ctx); err != nil {
+		return err
+	}
+	// A stranger takes the vault's port before node b's agent starts.
+	if err := d.app("b", "", "early-squatter"); err != nil {
+		return err
+	}
+	if r := d.apps["early-squatter"].do(appRequest{Op: "serve", Kind: "tcp", Addr: "0.0.0.0:7070"}); r.Err != "" {
+		return fmt.Errorf("squat on the vault's port: %s", r.Err)
+	}
+	for _, n := range []*node{d.b, d.a} {
+		if err := n.start(ctx); err != nil {
+			return err
+		}
+	}
+	d.say("node a: anchor %s, node b: anchor %s; trust domain %s, one authority", anchorWord(d.a), "software", trustDomain)
+	for _, w := range []struct{ space, name string }{
+		{"a", "checkout"}, {"a", "reports"}, {"a", "nobody"},
+		{"b", "payments"}, {"b", "catalog"}, {"b", "ledger"}, {"b", "auditor"}, {"b", "nobody-b"},
+	} {
+		if err := d.app(w.space, w.name, w.name); err != nil {
+			return err
+		}
+	}
+	for _, s := range []struct{ space, name string }{{"a", "outsider-a"}, {"b", "outsider-b"}, {"x", "stranger"}} {
+		if err := d.app(s.space, "", s.name); err != nil {
+			return err
+		}
+	}
+	return d.openServers(ctx)
+}
+
+func anchorWord(n *node) string {
+	if n.tpm == "none" {
+		return "software"
+	}
+	return "tpm"
+}
+
+// openAuthority starts the shared CA and makes a join token for each node. The
+// one of node a does not name the ID of reports.
+func (d *demo) openAuthority(ctx context.Context, jwks string) error {
+	tokenA, err := d.joinToken(ctx, "a", "checkout")
+	if err != nil {
+		return err
+	}
+	tokenB, err := d.joinToken(ctx, "b", "payments", "catalog", "ledger", "auditor", "vault")
+	if err != nil {
+		return err
+	}
+	if d.a, err = d.lab.newNode("a", d.o.Ceiling, tokenA, jwks); err != nil {
+		return err
+	}
+	if d.b, err = d.lab.newNode("b", d.o.Ceiling, tokenB, jwks); err != nil {
+		return err
+	}
+	p, err := d.lab.start("b", "", "authority", nil, "/proc/self/exe", "authority", "--listen", authorityAddress,
+		"--state-dir", filepath.Join(d.lab.dir, "authority"), "--trust-domain", trustDomain, "--tpm", "none")
+	if err != nil {
+		return err
+	}
+	d.processes = append(d.processes, p)
+	return d.lab.awaitListener(ctx, "b", authorityAddress, p)
+}
+
+// openTPM puts a software TPM under node a where there is one.
+func (d *demo) openTPM(ctx context.Context) error {
+	path, err := exec.LookPath("swtpm")
+	if err != nil {
+		d.say("swtpm is not installed: node a has a software key too")
+		return nil
+	}
+	dir := filepath.Join(d.lab.dir, "tpm")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return fmt.Errorf("make folder of the TPM: %w", err)
+	}
+	socket := filepath.Join(dir, "sock")
+	p, err := d.lab.start("a", "", "swtpm", nil, path, "socket", "--tpm2", "--server", "type=unixio,path="+socket,
+		"--ctrl", "type=unixio,path="+socket+".ctrl", "--flags", "not-need-init,startup-clear", "--tpmstate", "dir="+dir)
+	if err != nil {
+		return err
+	}
+	d.processes = append(d.processes, p)
+	d.a.tpm = socket
+	return waitFor(ctx, p, "make its socket", func() bool { _, err := os.Stat(socket); return err == nil })
+}
+
+// app starts an application, in a cgroup of its node's subtree or, where that
+// is "", outside of both.
+func (d *demo) app(space, cgroup, name string) error {
+	dir := ""
+	var err error
+	if cgroup != "" {
+		if dir, err = d.lab.addCgroup(filepath.Join(space, cgroup)); err != nil {
+			return err
+		}
+	}
+	a, err := d.lab.startApp(space, dir, name)
+	if err != nil {
+		return err
+	}
+	d.apps[name] = a
+	d.processes = append(d.processes, a.process)
+	return nil
+}
+
+// openServers has the servers listen once their workloads are recognised, and
+// waits until both nodes have certificates for who calls and who serves.
+func (d *demo) openServers(ctx context.Context) error {
+	for n, ids := range map[*node][]string{d.a: {"checkout"}, d.b: {"payments", "catalog", "ledger", "auditor"}} {
+		for _, id := range ids {
+			if _, err := n.thumbprint(ctx, id); err != nil {
+				return err
+			}
+		}
+	}
+	for name, q := range map[string]appRequest{
+		"payments": {Kind: "http", Addr: ":8080"}, "catalog": {Kind: "http", Addr: ":8081"}, "ledger": {Kind: "tcp", Addr: ":9090"},
+	} {
+		q.Op = "serve"
+		if r := d.apps[name].do(q); r.Err != "" {
+			return fmt.Errorf("%s to listen: %s", name, r.Err)
+		}
+	}
+	return nil
+}
+
+// close ends every process that the demo started and takes the ground away.
+func (d *demo) close() error {
+	for _, n := range []*node{d.a, d.b} {
+		if n != nil {
+			n.stop()
+		}
+	}
+	for i := len(d.processes) - 1; i >= 0; i-- {
+		d.processes[i].stop(2 * time.Second)
+	}
+	if d.lab == nil {
+		return nil
+	}
+	var errs []error
+	for _, n := range []*node{d.a, d.b} {
+		if n != nil && n.agent != nil {
+			if _, err := command(context.Background(), "agent", "uninstall", "--pin-dir", n.pinDir()); err != nil {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if d.o.KeepLogs {
+		kept := d.lab.dir + "-logs"
+		errs = append(errs, os.CopyFS(kept, os.DirFS(d.lab.dir)))
+		d.say("logs: %s", kept)
+	}
+	return errors.Join(append(errs, d.lab.close())...)
+}
+
+// waitFor waits until ok, the process's end, or the start's time-out.
+func waitFor(ctx context.Context, p *process, what string, ok func() bool) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for !ok() {
+		select {
+		case <-p.done:
+			return fmt.Errorf("wait for %s to %s: it ended: %w\n%s", p.cmd.Path, what, p.err, p.lastLines(5))
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s to %s: %w", p.cmd.Path, what, ctx.Err())
+		case <-time.After(pollInterval):
+		}
+	}
+	return nil
+}

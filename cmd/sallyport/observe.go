@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport-dev/sallyport/agent/control"
+	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+)
+
+func newObserve() *cobra.Command {
+	c := &cobra.Command{
+		Use: "observe", Short: "Show decisions, samples and kernel events, live or the latest", Args: cobra.NoArgs,
+		Example: `  sallyport observe -f --to shop/payments --decision deny
+  sallyport observe --last 50 -o json`,
+	}
+	socket := addSocket(c)
+	out := addFormat(c)
+	follow := c.Flags().BoolP("follow", "f", false, "go on with what comes")
+	last := c.Flags().Uint32("last", 0, "how many of the latest")
+	since := c.Flags().Duration("since", 0, "what happened in that time")
+	not := c.Flags().Bool("not", false, "turn all filters round")
+	fields := map[string]*[]string{}
+	for flag, help := range map[string]string{
+		"kind": "decision, sample or event", "from": "NAMESPACE/NAME or address of the caller", "to": "NAMESPACE/NAME or address",
+		"decision": "allow, deny, wouldDeny, ...", "reason": "reason code", "stage": "stage that decided", "method": "HTTP method",
+		"http-path": "path or template; a * at the end matches a prefix", "policy": "NAMESPACE/NAME",
+	} {
+		fields[flag] = c.Flags().StringSlice(flag, nil, help)
+	}
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		q := &controlpb.ObserveRequest{Follow: *follow, Last: *last}
+		if *since > 0 {
+			q.SinceUnixNs = time.Now().Add(-*since).UnixNano()
+		}
+		for flag, values := range fields {
+			if len(*values) > 0 {
+				q.Filters = append(q.Filters, &controlpb.Filter{Field: strings.TrimPrefix(flag, "http-"), Values: *values, Negate: *not})
+			}
+		}
+		return ask(c.Context(), *socket, func(ctx context.Context, client *control.Client) error {
+			stream, err := client.Observe(ctx, q)
+			if err != nil {
+				return err
+			}
+			for {
+				o, err := stream.Recv()
+				if errors.Is(err, io.EOF) || ctx.Err() != nil {
+					return nil
+				}
+				if err != nil {
+					return err
+				}
+				if o.GetLost() > 0 {
+					fmt.Fprintf(c.ErrOrStderr(), "%d observations lost: this reader was too slow\n", o.GetLost())
+				}
+				writeObservation(c.OutOrStdout(), o, out.json)
+			}
+		})
+	}
+	return c
+}
+
+// writeObservation writes one line. What callers chose is quoted: it must not
+// speak to the terminal.
+func writeObservation(w io.Writer, o *controlpb.Observation, asJSON bool) {
+	if asJSON {
+		fmt.Fprintf(w, "{\"kind\":%q,\"record\":%s}\n", o.GetKind(), o.GetJson())
+		return
+	}
+	what := o.GetMethod()
+	if o.GetPath() != "" {
+		what += " " + o.GetPath()
+	}
+	verdict := o.GetDecision()
+	if o.GetReason() != "" {
+		verdict += " " + o.GetStage() + "/" + o.GetReason()
+	}
+	fmt.Fprintf(w, "%s %-8s %s -> %s  %s  %s", time.Unix(0, o.GetTimeUnixNs()).UTC().Format("15:04:05.000"),
+		o.GetKind(), plain(o.GetFrom()), plain(o.GetTo()), plain(what), plain(verdict))
+	var r pipeline.Record
+	if o.GetKind() == "decision" && json.Unmarshal(o.GetJson(), &r) == nil {
+		if r.Policy != "" {
+			fmt.Fprintf(w, "  by %s %s %s", r.Policy, plain(r.Rule), r.Position)
+		}
+		if r.RequestID != "" {
+			fmt.Fprintf(w, "  %s", plain(r.RequestID))
+		}
+	}
+	fmt.Fprintln(w)
+}
+
+// plain keeps control characters from the terminal.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || (0x80 <= r && r < 0xa0) {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+func newExplain() *cobra.Command {
+	c := &cobra.Command{
+		Use: "explain REQUEST-ID", Short: "Show stage by stage why a recent request was refused", Args: cobra.ExactArgs(1),
+	}
+	socket := addSocket(c)
+	out := addFormat(c)
+	c.RunE = func(c *cobra.Command, args []string) error {
+		return ask(c.Context(), *socket, func(ctx context.Context, client *control.Client) error {
+			r, err := client.Explain(ctx, &controlpb.ExplainRequest{RequestId: args[0]})
+			if err != nil {
+				return err
+			}
+			var e pipeline.Explained
+			if err := json.Unmarshal(r.GetJson(), &e); err != nil {
+				return fmt.Errorf("read trace: %w", err)
+			}
+			if out.json {
+				return writeJSON(c.OutOrStdout(), e)
+			}
+			return writeTrace(c.OutOrStdout(), &e)
+		})
+	}
+	return c
+}
+
+func writeTrace(w io.Writer, e *pipeline.Explained) error {
+	outcome := e.Decision
+	if e.WouldDeny {
+		outcome += " (let through: the policy is in " + e.Mode + ")"
+	}
+	fmt.Fprintf(w, "%s  %s\n", plain(e.RequestID), e.Time.UTC().Format(time.RFC3339Nano))
+	fmt.Fprintf(w, "%s -> %s  %s %s\n", orDash(e.Source), orDash(e.Destination), plain(e.Method), plain(e.Path))
+	fmt.Fprintf(w, "%s by stage %s, %s: %s\n", outcome, e.Stage, orDash(string(e.Reason)), plain(e.Detail))
+	fmt.Fprintf(w, "policy %s, rule %s, %s; channel %s, anchor %s\n\n", orDash(e.Policy), orDash(e.Rule), orDash(e.Position), e.Channel, e.Anchor)
+	return table(w, func(row func(...any)) {
+		row("STAGE", "RULE", "FOUND", "DETAIL", "TOOK")
+		for _, s := range e.Steps {
+			found := string(s.Reason)
+			if found == "" {
+				found = "ok"
+			}
+			row(s.Stage, orDash(s.Rule), found, plain(s.Detail), time.Duration(s.TookNanos))
+		}
+	})
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package userspace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/line"
+	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+	"github.com/sallyport-dev/sallyport/userspace/proxy"
+)
+
+// agent is the privileged process as the proxy sees it.
+type agent struct {
+	conn *line.Conn
+	log  *slog.Logger
+}
+
+// Dial implements proxy.Agent.
+func (a agent) Dial(r proxy.DialRequest, done func(fd int, reason flow.Reason, err error)) {
+	m := &linepb.Message{Body: &linepb.Message_Dial{Dial: &linepb.Dial{
+		Kind: linepb.DialKind(r.Kind), NetnsCookie: r.Netns, Address: r.Address.Addr().AsSlice(), Port: uint32(r.Address.Port()),
+		ClientAddress: r.Client.Addr().AsSlice(), ClientPort: uint32(r.Client.Port()),
+		SourceIdentity: uint32(r.Source), TargetIdentity: uint32(r.Target),
+	}}}
+	a.conn.Go(m, func(m *linepb.Message, fds []int, err error) {
+		reply := m.GetDialReply()
+		switch {
+		case err != nil:
+			closeAll(fds)
+			done(-1, flow.ReasonLineRefused, fmt.Errorf("ask the agent: %w", err))
+		case reply.GetError() != "" || len(fds) != 1:
+			closeAll(fds)
+			done(-1, flow.Reason(reply.GetReason()), errors.New(reply.GetError()))
+		default:
+			done(fds[0], flow.ReasonOK, nil)
+		}
+	})
+}
+
+// PutVerdict implements proxy.Agent.
+func (a agent) PutVerdict(v flow.Verdict, generation uint64) {
+	m := &linepb.Message{Body: &linepb.Message_Verdict{Verdict: &linepb.Verdict{
+		SourceIdentity: uint32(v.Source), SourceNetns: v.SourceNetns, Address: v.Destination.Addr().AsSlice(),
+		Port: uint32(v.Destination.Port()), Action: uint32(v.Action), TtlNs: int64(v.Expires), PolicyGeneration: generation,
+	}}}
+	a.conn.Go(m, func(m *linepb.Message, fds []int, err error) {
+		closeAll(fds)
+		if err == nil && m.GetVerdictReply().GetError() != "" {
+			err = errors.New(m.GetVerdictReply().GetError())
+		}
+		if err != nil {
+			a.log.Debug("verdict not taken", "destination", v.Destination, "err", err)
+		}
+	})
+}
+
+// sign asks the agent for a leaf; it holds the request against what this node
+// may issue and against the workloads that it knows.
+func (p *process) sign(ctx context.Context, id string, csr []byte) ([][]byte, error) {
+	m, fds, err := p.conn.Call(ctx, &linepb.Message{Body: &linepb.Message_Sign{Sign: &linepb.Sign{Id: id, Csr: csr}}})
+	closeAll(fds)
+	if err != nil {
+		return nil, fmt.Errorf("ask the agent for a certificate: %w", err)
+	}
+	r := m.GetSignReply()
+	if r.GetError() != "" {
+		return nil, errors.New(r.GetError())
+	}
+	if len(r.GetChain()) == 0 {
+		return nil, errors.New("ask the agent for a certificate: empty answer")
+	}
+	return r.GetChain(), nil
+}
+
+// refreshKeys asks the agent to fetch an issuer's keys. It does not wait.
+func (p *process) refreshKeys(issuer string) {
+	m := &linepb.Message{Body: &linepb.Message_RefreshKeys{RefreshKeys: &linepb.RefreshKeys{Issuer: issuer}}}
+	if err := p.conn.Notify(m); err != nil {
+		p.log.Warn("keys not asked for", "issuer", issuer, "err", err)
+	}
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd) //nolint:errcheck // nothing to be done about it
+	}
+}
+
+// timeOf reads a time of the line: Unix nanoseconds, 0 for none.
+func timeOf(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns)
+}

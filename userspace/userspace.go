@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package userspace is the unprivileged half as a process, and wiring only:
+// it takes from the agent, over the line, what to listen on, whom to trust and
+// what the policies say, hands it to the packages below, and asks the agent
+// for what it has no privilege for.
+package userspace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/anomaly"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/line"
+	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+	"github.com/sallyport-dev/sallyport/userspace/proxy"
+	"github.com/sallyport-dev/sallyport/userspace/relation"
+	"github.com/sallyport-dev/sallyport/userspace/token"
+)
+
+const (
+	// openTimeout bounds opening the relation store, migrations included.
+	openTimeout = 30 * time.Second
+	// recordBatch is how many decision records go in one message.
+	recordBatch = 128
+	// recordBytes bounds a message of records, well below line.MaxMessage.
+	recordBytes = 128 << 10
+	// recordPause lets records gather, so that a busy proxy sends few messages.
+	recordPause = 20 * time.Millisecond
+	// saveInterval is how often baselines go to disk.
+	saveInterval = time.Minute
+)
+
+// process is the running half.
+type process struct {
+	conn    *line.Conn
+	start   *linepb.Start
+	log     *slog.Logger
+	version string
+
+	engine    *netloop.Engine
+	proxy     *proxy.Proxy
+	pipeline  *pipeline.Pipeline
+	tokens    *token.Verifier
+	relations *relation.Engine
+	anomalies *anomaly.Scorer
+	leaves    *identity.Leaves
+	verifier  *identity.Verifier
+	flows     flows
+
+	draining atomic.Bool
+}
+
+// Run is the whole life of the process: it speaks to the agent on the line
+// until that ends, and returns once everything is closed.
+func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Logger) error {
+	p := &process{log: log, version: version}
+	first, fds, err := socket.Recv()
+	if err != nil {
+		return fmt.Errorf("wait for the agent's first message: %w", err)
+	}
+	if len(fds) != 0 || first.GetStart() == nil {
+		return errors.New("wait for the agent's first message: it is not a start")
+	}
+	p.start = first.GetStart()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// The parts come up before anything is read from the line: a message
+	// finds them whole.
+	ready := make(chan struct{})
+	p.conn = line.NewConn(socket, line.Options{
+		Handle: func(ctx context.Context, in *line.Incoming) {
+			<-ready
+			p.handle(ctx, in)
+		},
+		Concurrent: concurrent,
+		Logger:     log,
+	})
+	defer p.conn.Close()
+	if err := p.open(ctx); err != nil {
+		return err
+	}
+	defer p.close()
+	close(ready)
+	if err := p.conn.Notify(&linepb.Message{Body: &linepb.Message_Ready{Ready: &linepb.Ready{Version: version}}}); err != nil {
+		return fmt.Errorf("report ready: %w", err)
+	}
+	go p.pipeline.Run(ctx)
+	go p.report(ctx)
+	go p.save(ctx)
+	line.Orphan{
+		Listeners:   p.proxy.CloseListeners,
+		Connections: func() { p.engine.Close() }, //nolint:errcheck // a second Close says so
+		Draining:    p.draining.Load,
+	}.Watch(p.conn)
+	return nil
+}
+
+func (p *process) open(ctx context.Context) error {
+	var err error
+	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Log: p.log})
+	p.verifier = identity.NewVerifier(identity.VerifierOptions{})
+	p.leaves = identity.NewLeaves(identity.LeavesOptions{Sign: p.sign, Log: p.log})
+	openCtx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	p.relations, err = relation.Open(openCtx, relation.Options{
+		StateDir: p.start.GetStateDir(),
+		Changed: func(model string) {
+			if p.pipeline != nil {
+				p.pipeline.RelationsChanged(model)
+			}
+		},
+		Log: p.log,
+	})
+	if err != nil {
+		// Everything else works; what needs a relation is denied and
+		// status says why.
+		p.log.Error("relation store not opened", "err", err)
+		p.relations = relation.Unavailable(err)
+	}
+	p.anomalies, err = anomaly.New(anomaly.Options{StateDir: p.start.GetStateDir(), Logger: p.log})
+	if err != nil {
+		p.log.Error("baselines not loaded", "err", err)
+		if p.anomalies == nil {
+			return err
+		}
+	}
+	p.pipeline = pipeline.New(pipeline.Options{
+		Node:      p.start.GetNode(),
+		Ceiling:   flow.Mode(p.start.GetModeCeiling()),
+		Tokens:    p.tokens,
+		Relations: p.relations,
+		Anomalies: p.anomalies,
+		Logger:    p.log,
+	})
+	p.engine, err = netloop.New(netloop.Options{
+		Loops:      int(p.start.GetLoops()),
+		Goroutines: p.start.GetGoroutines(),
+		Logger:     p.log,
+	})
+	if err != nil {
+		return fmt.Errorf("start event loops: %w", err)
+	}
+	p.proxy = proxy.New(p.engine, proxy.Options{
+		Pipeline: p.pipeline, Agent: agent{p.conn, p.log}, Flows: &p.flows, Leaves: p.leaves, Verifier: p.verifier,
+		Anchor: anchorOf(p.start.GetAnchor()), Logger: p.log,
+	})
+	return nil
+}
+
+// anchorOf reads the word of flow.Anchor.
+func anchorOf(word string) flow.Anchor {
+	for _, a := range []flow.Anchor{flow.AnchorSoftware, flow.AnchorTPM} {
+		if a.String() == word {
+			return a
+		}
+	}
+	return flow.AnchorNone
+}
+
+func (p *process) close() {
+	p.proxy.CloseListeners()
+	p.engine.Close() //nolint:errcheck // a second Close says so
+	p.leaves.Close()
+	if err := p.relations.Close(); err != nil {
+		p.log.Error("relation store not closed", "err", err)
+	}
+	if err := p.anomalies.Close(); err != nil {
+		p.log.Error("baselines not saved", "err", err)
+	}
+}
+
+// report sends decision records to the agent as they come.
+func (p *process) report(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.conn.Done():
+			return
+		case <-p.pipeline.Wake():
+		}
+		for p.reportBatch() {
+		}
+		t := time.NewTimer(recordPause)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// reportBatch sends what is there, in messages that fit the line, and says
+// whether there may be more.
+func (p *process) reportBatch() bool {
+	records, lost := p.pipeline.TakeRecords(recordBatch)
+	if len(records) == 0 && lost == 0 {
+		return false
+	}
+	for {
+		n, size := 0, 0
+		for n < len(records) && (n == 0 || size+len(records[n]) <= recordBytes) {
+			size += len(records[n])
+			n++
+		}
+		m := &linepb.Message{Body: &linepb.Message_Decisions{Decisions: &linepb.Decisions{Records: records[:n], Lost: lost}}}
+		if err := p.conn.Notify(m); err != nil {
+			p.log.Warn("decision records lost", "records", len(records), "err", err)
+			return false
+		}
+		records, lost = records[n:], 0
+		if len(records) == 0 {
+			return true
+		}
+	}
+}
+
+// save writes the baselines now and then.
+func (p *process) save(ctx context.Context) {
+	t := time.NewTicker(saveInterval)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.conn.Done():
+			return
+		case <-t.C:
+			if err := p.anomalies.Save(); err != nil {
+				p.log.Error("baselines not saved", "err", err)
+			}
+		}
+	}
+}
