@@ -32,6 +32,9 @@ const Built = true
 const (
 	storeFile = "relation.db"
 	lockWait  = 2 * time.Second
+	// maxConnections to the store, of at most 256 KiB of cache each. One
+	// question has been seen to hold 25.
+	maxConnections = 512
 	// engineTTL is how long OpenFGA's own caches hold what they read.
 	engineTTL = 10 * time.Second
 	// settle is how long after a write the engine is asked past its caches:
@@ -46,6 +49,7 @@ type Engine struct {
 	opt    Options
 	db     *sql.DB
 	lock   *os.File // held as long as the store is ours
+	tuples *sqlite.Datastore
 	fga    *server.Server
 	broken error // why nothing can be answered, nil for an open engine
 	now    func() time.Time
@@ -103,6 +107,7 @@ func Open(ctx context.Context, opt Options) (*Engine, error) {
 	e.db, e.lock = db, lock
 	store, err := sqlite.NewWithDB(db, sqlcommon.NewConfig())
 	if err == nil {
+		e.tuples = store
 		e.fga, err = newServer(store, opt)
 	}
 	if err != nil {
@@ -182,7 +187,7 @@ func openStore(ctx context.Context, path string) (*sql.DB, error) {
 		return nil, err
 	}
 	// Temporary tables stay in memory: this process opens no other folder.
-	dsn := path + "?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)&_pragma=temp_store(MEMORY)"
+	dsn := path + "?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)&_pragma=temp_store(MEMORY)&_pragma=cache_size(-256)"
 	dsn, err = sqlite.PrepareDSN(dsn)
 	if err != nil {
 		return nil, err
@@ -191,7 +196,9 @@ func openStore(ctx context.Context, path string) (*sql.DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	db.SetMaxOpenConns(16)
+	// A question keeps connections while it asks for more: were there fewer
+	// than all that run at once can want, they would wait for each other.
+	db.SetMaxOpenConns(maxConnections)
 	db.SetMaxIdleConns(16)
 	if err := prepareStore(ctx, db, dsn, fresh); err != nil {
 		db.Close()

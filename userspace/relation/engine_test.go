@@ -739,6 +739,34 @@ func TestOneQuestionForMany(t *testing.T) {
 	}
 }
 
+// Questions that fan out hold connections to the store while they ask for
+// more of them: many at once must not starve each other.
+func TestManyWideQuestionsAtOnce(t *testing.T) {
+	e, ctx := openEngine(t, t.TempDir(), Options{Timeout: time.Minute}), context.Background()
+	must(t, e.SetModels(ctx, []Model{{"shop/shop", plainModel}}))
+	for a := range 150 {
+		some := []Tuple{{User: fmt.Sprintf("group:g%d#member", a), Relation: "can_pay", Object: "account:1"}}
+		for b := range 3 {
+			some = append(some, Tuple{User: fmt.Sprintf("group:g%dh%d#member", a, b), Relation: "member", Object: fmt.Sprintf("group:g%d", a)})
+		}
+		must(t, e.Write(ctx, "", some))
+	}
+	must(t, e.Write(ctx, "", tuples(t, "user:u0 member group:g149h2")))
+	var wg sync.WaitGroup
+	for n := range 8 {
+		wg.Go(func() {
+			want := flow.ReasonRelation
+			if n == 0 {
+				want = flow.ReasonOK
+			}
+			if _, reason, err := e.Check(ctx, "", fmt.Sprint("user:u", n), "can_pay", "account:1"); reason != want {
+				t.Errorf("user:u%d: %q, %v", n, reason, err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // A question that is asked after a write must not join one that the engine
 // began to work on before it.
 func TestQuestionAfterWriteIsAnother(t *testing.T) {

@@ -35,7 +35,7 @@ type Options struct {
 	Timeout time.Duration
 	// CacheEntries bounds the cache; 0: 65536.
 	CacheEntries int
-	// Parallel bounds the questions that the engine works on at once; 0: 32.
+	// Parallel bounds the questions that the engine works on at once; 0: 8.
 	Parallel int
 	// Changed is told the model whose answers may have changed, after a write
 	// or a new version of it, so that live connections can be judged again.
@@ -97,7 +97,7 @@ func (o *Options) defaults() {
 		o.CacheEntries = 64 << 10
 	}
 	if o.Parallel <= 0 {
-		o.Parallel = 32
+		o.Parallel = 8
 	}
 	if o.Changed == nil {
 		o.Changed = func(string) {}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	openfgav1 "github.com/openfga/api/proto/openfga/v1"
+	"github.com/openfga/openfga/pkg/storage"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -125,15 +126,17 @@ func (e *Engine) remove(ctx context.Context, m *model, tuples []Tuple) error {
 	})
 }
 
+// get looks one tuple up by its whole key, which OpenFGA's Read does by
+// sorting all of the object's.
 func (e *Engine) get(ctx context.Context, m *model, t *Tuple) (Tuple, bool, error) {
-	res, err := e.fga.Read(ctx, &openfgav1.ReadRequest{
-		StoreId: m.store, Consistency: openfgav1.ConsistencyPreference_HIGHER_CONSISTENCY,
-		TupleKey: &openfgav1.ReadRequestTupleKey{User: t.User, Relation: t.Relation, Object: t.Object},
-	})
-	if err != nil || len(res.GetTuples()) == 0 {
+	found, err := e.tuples.ReadUserTuple(ctx, m.store, storage.ReadUserTupleFilter{User: t.User, Relation: t.Relation, Object: t.Object}, storage.ReadUserTupleOptions{})
+	if errors.Is(err, storage.ErrNotFound) {
+		return Tuple{}, false, nil
+	}
+	if err != nil {
 		return Tuple{}, false, err
 	}
-	return fromKey(res.GetTuples()[0].GetKey()), true, nil
+	return fromKey(found.GetKey()), true, nil
 }
 
 // Read returns up to limit stored tuples, at most MaxListed, that equal the
