@@ -128,6 +128,7 @@ func OpenCA(o CAOptions) (*CA, error) {
 		key.Close()
 		return nil, err
 	}
+	ca.log.Info("certificate authority", "kind", ca.stem(), "trustDomain", o.TrustDomain, "anchor", key.Anchor.String(), "key", key.Place)
 	return ca, nil
 }
 

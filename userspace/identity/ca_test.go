@@ -330,8 +330,8 @@ func TestCAInTPM(t *testing.T) {
 	soft := tpmtest.Start(t)
 	dir := t.TempDir()
 	ca := openCA(t, CAOptions{StateDir: dir, TPM: soft.Socket, RequireTPM: true})
-	if ca.Anchor() != flow.AnchorTPM || ca.Banner() != "" {
-		t.Errorf("anchor %v, banner %q", ca.Anchor(), ca.Banner())
+	if ca.Anchor() != flow.AnchorTPM || ca.Banner() != "" || ca.key.Place != soft.Socket+" (IBM SW   TPM)" {
+		t.Errorf("anchor %v, banner %q, place %q", ca.Anchor(), ca.Banner(), ca.key.Place)
 	}
 	chain, err := ca.Sign(csrOf(t, newKey(t)), testID, 0)
 	if err != nil {

@@ -4,6 +4,7 @@ package identity
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/aes"
 	"crypto/cipher"
@@ -17,6 +18,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/statefile"
@@ -46,9 +48,11 @@ type KeyOptions struct {
 type Key struct {
 	crypto.Signer
 	Anchor flow.Anchor
-	Place  string // the TPM's address, or the key file
+	Place  string // the TPM's address and maker, or the key file
 	tpm    *tpm.TPM
 }
+
+const tpmInfoTime = 5 * time.Second
 
 // OpenKey opens the key or makes one: in the TPM where there is one, else in
 // a file. What was made in one place is never silently made again in the
@@ -102,7 +106,15 @@ func OpenKey(o KeyOptions) (*Key, error) {
 		t.Close()
 		return nil, fmt.Errorf("open key %s: %w", o.Name, err)
 	}
-	return &Key{Signer: k, Anchor: flow.AnchorTPM, Place: t.Address(), tpm: t}, nil
+	ctx, cancel := context.WithTimeout(context.Background(), tpmInfoTime)
+	defer cancel()
+	info, err := t.Info(ctx)
+	if err != nil {
+		t.Close()
+		return nil, fmt.Errorf("open key %s: %w", o.Name, err)
+	}
+	place := fmt.Sprintf("%s (%s %s)", t.Address(), info.Manufacturer, info.Vendor)
+	return &Key{Signer: k, Anchor: flow.AnchorTPM, Place: place, tpm: t}, nil
 }
 
 // Close closes the TPM, if the key is in one.

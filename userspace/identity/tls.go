@@ -54,8 +54,8 @@ type ServerOptions struct {
 	Identity func(*tls.ClientHelloInfo) (id string, err error)
 	// Expect says whether the client may be that identity. Nil: any.
 	Expect func(id string) bool
-	// NextProtos are the ALPN protocols, one of which must be agreed on.
-	// Nil: "h2".
+	// NextProtos are the ALPN protocols, one of which must be agreed on; ""
+	// among them lets in who offers none. Nil: "h2".
 	NextProtos []string
 	// Anonymous lets clients without a certificate in; PeerOf then says
 	// ReasonCertMissing.

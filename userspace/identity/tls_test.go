@@ -485,6 +485,14 @@ func TestAnonymousClient(t *testing.T) {
 		t.Errorf("%v; want cert_missing", err)
 	}
 	// One that presents a certificate is verified all the same.
+	lenient := ServerConfig(ServerOptions{Leaves: p.leaves, Verifier: p.verifier, Anonymous: true, NextProtos: []string{"http/1.1", ""}})
+	if c, err = ClientConfig(options); err != nil {
+		t.Fatal(err)
+	}
+	c.NextProtos, c.VerifyConnection = nil, nil
+	if o := connect(c, lenient); o.err() != nil || o.server.NegotiatedProtocol != "" {
+		t.Errorf("without ALPN: %v, %q", o.err(), o.server.NegotiatedProtocol)
+	}
 	list, err := NewRevocations([]Revocation{{Kind: RevokeIdentity, Value: testID}}, 1)
 	if err != nil {
 		t.Fatal(err)

@@ -76,24 +76,29 @@ type Bundle struct {
 }
 
 // NewBundle parses roots. A root must be a CA with a key that is accepted
-// of peers; a trust domain without roots is refused, and so is one named
-// twice.
+// of peers. Entries of one trust domain add up; one without roots (a node
+// that is not enrolled yet) trusts nobody.
 func NewBundle(domains []TrustDomain) (*Bundle, error) {
 	if len(domains) > maxTrustDomains {
 		return nil, fmt.Errorf("build trust bundle: %d trust domains, at most %d", len(domains), maxTrustDomains)
 	}
 	b := &Bundle{domains: make(map[string]*x509.CertPool, len(domains))}
+	counts := make(map[string]int, len(domains))
 	for _, d := range domains {
 		if err := CheckTrustDomain(d.Name); err != nil {
 			return nil, fmt.Errorf("build trust bundle: %q: %w", d.Name, err)
 		}
-		if b.domains[d.Name] != nil {
-			return nil, fmt.Errorf("build trust bundle: trust domain %s is named twice", d.Name)
+		if len(d.Roots) == 0 {
+			continue
 		}
-		if len(d.Roots) == 0 || len(d.Roots) > maxRoots {
-			return nil, fmt.Errorf("build trust bundle: trust domain %s has %d roots, must be 1 to %d", d.Name, len(d.Roots), maxRoots)
+		if counts[d.Name] += len(d.Roots); counts[d.Name] > maxRoots {
+			return nil, fmt.Errorf("build trust bundle: trust domain %s has %d roots, at most %d", d.Name, counts[d.Name], maxRoots)
 		}
-		pool := x509.NewCertPool()
+		pool := b.domains[d.Name]
+		if pool == nil {
+			pool = x509.NewCertPool()
+			b.domains[d.Name] = pool
+		}
 		for _, der := range d.Roots {
 			root, err := x509.ParseCertificate(der)
 			if err != nil {
@@ -107,7 +112,6 @@ func NewBundle(domains []TrustDomain) (*Bundle, error) {
 			}
 			pool.AddCert(root)
 		}
-		b.domains[d.Name] = pool
 	}
 	return b, nil
 }

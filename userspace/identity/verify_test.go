@@ -414,9 +414,7 @@ func TestNewBundleRefuses(t *testing.T) {
 		want    string
 	}{
 		"name":     {[]TrustDomain{{"TD", [][]byte{good}}}, "in trust domain"},
-		"twice":    {[]TrustDomain{{"td", [][]byte{good}}, {"td", [][]byte{good}}}, "named twice"},
-		"no roots": {[]TrustDomain{{"td", nil}}, "0 roots"},
-		"many":     {[]TrustDomain{{"td", make([][]byte, maxRoots+1)}}, "65 roots"},
+		"many":     {[]TrustDomain{{"td", [][]byte{good}}, {"td", make([][]byte, maxRoots)}}, "65 roots"},
 		"not DER":  {[]TrustDomain{{"td", [][]byte{{1}}}}, "root of td"},
 		"leaf":     {[]TrustDomain{{"td", [][]byte{root.leaf(t, testID, nil)[0].Raw}}}, "not a CA"},
 		"weak key": {[]TrustDomain{{"td", [][]byte{certify(t, weak, weak, p224.Public(), p224).Raw}}}, "P-224"},
@@ -425,6 +423,21 @@ func TestNewBundleRefuses(t *testing.T) {
 		if _, err := NewBundle(c.domains); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v; want %q", name, err, c.want)
 		}
+	}
+}
+
+func TestBundleAddsUp(t *testing.T) {
+	one, two := newRoot(t), newRoot(t)
+	verifier := NewVerifier(VerifierOptions{Bundle: bundleOf(t,
+		TrustDomain{"td", [][]byte{one.cert.Raw}}, TrustDomain{"none", nil}, TrustDomain{"td", [][]byte{two.cert.Raw}})})
+	for _, root := range []*testCA{one, two} {
+		if _, err := verifier.Verify(root.leaf(t, testID, nil), RoleClient, testNow); err != nil {
+			t.Error(err)
+		}
+	}
+	_, err := verifier.Verify(one.leaf(t, "spiffe://none/a", nil), RoleClient, testNow)
+	if reason, _ := ReasonOf(err); reason != flow.ReasonCertTrustDomain {
+		t.Errorf("a trust domain without roots: %v", err)
 	}
 }
 

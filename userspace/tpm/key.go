@@ -86,16 +86,11 @@ func (k *Key) Public() crypto.PublicKey { return k.public }
 // Sign signs a SHA-256 digest; the random source is the TPM's own. The
 // signature is ASN.1 DER as crypto/ecdsa writes it.
 func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), signTime)
-	defer cancel()
-	return k.SignContext(ctx, digest, opts)
-}
-
-// SignContext is Sign with the caller's own bound on the wait.
-func (k *Key) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if opts.HashFunc() != crypto.SHA256 || len(digest) != crypto.SHA256.Size() {
 		return nil, fmt.Errorf("sign in TPM %s: only SHA-256 digests, not %v of %d bytes", k.tpm.address, opts.HashFunc(), len(digest))
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), signTime)
+	defer cancel()
 	digest = bytes.Clone(digest) // the TPM may read it after the caller gave up
 	var signature []byte
 	err := k.tpm.use(ctx, func() error {
