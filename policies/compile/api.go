@@ -79,6 +79,7 @@ type API struct {
 	// Connection.
 	Headers []string
 
+	fingerprint [32]byte
 	deny, allow table
 	decided     map[*Identity]decidedBy
 	decidedElse decidedBy

@@ -40,9 +40,9 @@ func Build(files []load.File, opt Options) (*Plan, []load.Problem) {
 	return plan, problems
 }
 
-// Compile compiles a set that was loaded. With errors among the problems
-// there is no plan. It may be asked of a set with errors, to find what else
-// is wrong with it.
+// Compile compiles a set that was loaded. With errors among the problems, or
+// in the set, there is no plan; of a set with errors it finds what else is
+// wrong.
 func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c := &compiler{
 		set: set, trustDomain: cmp.Or(opt.TrustDomain, DefaultTrustDomain), anyDomain: opt.TrustDomain == "",
@@ -66,7 +66,7 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c.compileModels()
 	c.compileTuples()
 	c.compilePolicies()
-	if c.report.Failed() {
+	if set.Failed || c.report.Failed() {
 		return nil, c.report.Problems()
 	}
 	return c.plan, c.report.Problems()

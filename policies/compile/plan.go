@@ -20,7 +20,7 @@ import (
 type Plan struct {
 	digest     string
 	identities []*Identity
-	byID       map[string]*Identity // by the ID with this node's name, and explicit ones
+	byID       map[string]*Identity // explicit ones
 	byTail     map[string]*Identity // derived ones, by what follows the node's name
 	nodePrefix string               // spiffe://TRUSTDOMAIN/node/
 	claims     map[netip.AddrPort]*Identity
@@ -60,7 +60,7 @@ func (p *Plan) Tuples() []Tuple { return p.tuples }
 // explicit ID. Whether that node may issue the ID is for the verifier of
 // its certificate to say.
 func (p *Plan) Identity(spiffeID string) (id *Identity, node string, ok bool) {
-	if id, ok := p.byID[spiffeID]; ok && !id.Derived {
+	if id, ok := p.byID[spiffeID]; ok {
 		return id, "", true
 	}
 	rest, ok := strings.CutPrefix(spiffeID, p.nodePrefix)

@@ -4,6 +4,7 @@ package compile
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -193,5 +194,46 @@ func TestBadOptions(t *testing.T) {
 	}
 	if plan, problems := Build(nil, Options{}); plan == nil || len(problems) != 0 {
 		t.Errorf("empty: %v", problems)
+	}
+}
+
+// TestFingerprint holds that what an API decides by is in its fingerprint,
+// and nothing that belongs to others.
+func TestFingerprint(t *testing.T) {
+	of := func(spec string) [32]byte {
+		t.Helper()
+		_, api := buildAPI(t, spec)
+		return api.Fingerprint()
+	}
+	const spec = "  rules: [{name: r, from: [a]}]\n"
+	const other = "---\napiVersion: sallyport.dev/v1alpha1\nkind: MachineIdentity\nmetadata: {name: %s}\nspec: {owner: o, spiffeID: \"spiffe://example.org/%s\"%s}\n"
+	base := of(spec)
+	for name, same := range map[string]string{
+		"again":          spec,
+		"a line further": "\n" + spec,
+		"another":        spec + fmt.Sprintf(other, "x", "x", ""),
+		"a stranger":     spec + fmt.Sprintf(other, "x", "x", ", mayCall: [b]"),
+	} {
+		if of(same) != base {
+			t.Errorf("%s: differs", name)
+		}
+	}
+	for name, changed := range map[string]string{
+		"rule":     "  rules: [{name: r, from: [b]}]\n",
+		"mode":     "  mode: enforce\n" + spec,
+		"a caller": spec + fmt.Sprintf(other, "x", "x", ", mayCall: [server]"),
+		"anomaly":  "  anomaly: {warn: 1e-3}\n" + spec,
+	} {
+		if of(changed) == base {
+			t.Errorf("%s: the same", name)
+		}
+	}
+	expiring := strings.Replace(preamble, "spiffe://example.org/a\"", "spiffe://example.org/a\", expires: 2030-01-01", 1)
+	plan, problems := Build([]load.File{{Path: "p.yaml", Content: []byte(expiring + spec)}}, testOptions())
+	if plan == nil {
+		t.Fatal(problems)
+	}
+	if plan.APIs()[0].Fingerprint() == base {
+		t.Error("a caller's expiry: the same")
 	}
 }

@@ -24,8 +24,10 @@ type policyDoc = load.Doc[v1alpha1.APIPolicy]
 
 func (c *compiler) compilePolicies() {
 	c.conditions = make(map[string]*compiled)
+	docs := make(map[*API]*policyDoc, len(c.set.Policies))
 	for _, d := range c.set.Policies {
 		a := c.api(d)
+		docs[a] = d
 		for _, port := range a.Ports {
 			if a.Identity == nil {
 				continue
@@ -40,6 +42,9 @@ func (c *compiler) compilePolicies() {
 		c.plan.apis = append(c.plan.apis, a)
 	}
 	slices.SortFunc(c.plan.apis, func(a, b *API) int { return strings.Compare(a.Name, b.Name) })
+	if !c.set.Failed && !c.report.Failed() { // otherwise parts are missing, and the plan is thrown away
+		c.fingerprints(docs)
+	}
 }
 
 func (c *compiler) api(d *policyDoc) *API {

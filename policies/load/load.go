@@ -42,6 +42,9 @@ type Set struct {
 	Models     []*Doc[v1alpha1.RelationModel]
 	Policies   []*Doc[v1alpha1.APIPolicy]
 	Tuples     []*Doc[v1alpha1.TupleFile]
+	// Failed says that there were errors: the set is for nothing but finding
+	// more of them.
+	Failed bool
 	// Incomplete says that a document could not be read at all, so that a
 	// reference to it is not what is wrong.
 	Incomplete bool
@@ -50,8 +53,7 @@ type Set struct {
 }
 
 // Load reads a set of files and returns what it could make of it, with
-// everything that is wrong with it. A set with errors is for nothing but
-// finding more of them.
+// everything that is wrong with it.
 //
 // By its name a file is relation tuples (*.tuples.yaml), the text of a model
 // (*.fga, *.fga.json), a test that is left out (*_test.yaml), or else
@@ -60,23 +62,28 @@ func Load(files []File) (*Set, []Problem) {
 	l := &loader{set: &Set{Texts: make(map[string]string)}, seen: make(map[string]Position)}
 	files = slices.SortedStableFunc(slices.Values(files), func(a, b File) int { return cmp.Compare(a.Path, b.Path) })
 	l.set.Digest = Digest(files)
+	l.files(files)
+	l.set.Failed = l.report.Failed()
+	return l.set, l.report.Problems()
+}
+
+func (l *loader) files(files []File) {
 	total := 0
 	for i, f := range files {
 		total += len(f.Content)
 		switch {
 		case i >= MaxFiles:
 			l.report.Errorf(Position{File: f.Path}, "the set has more than %d files", MaxFiles)
-			return l.set, l.report.Problems()
+			return
 		case total > MaxSetBytes:
 			l.report.Errorf(Position{File: f.Path}, "the set is larger than %d MiB", MaxSetBytes>>20)
-			return l.set, l.report.Problems()
+			return
 		case i > 0 && files[i-1].Path == f.Path:
 			l.report.Errorf(Position{File: f.Path}, "the file is there twice")
 			continue
 		}
 		l.file(f)
 	}
-	return l.set, l.report.Problems()
 }
 
 // Digest is the SHA-256 of the files' names and contents, in hex, whatever

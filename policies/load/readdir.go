@@ -72,6 +72,9 @@ func readOnce(dir string) (files []File, problems []Problem, same bool, err erro
 	return files, problems, slices.Equal(before, after), nil
 }
 
+// maxNames bounds what is listed of a folder, whatever it is.
+const maxNames = 4 * MaxFiles
+
 // stamp tells one state of a file from another.
 type stamp struct {
 	name        string
@@ -88,9 +91,12 @@ func snapshot(root *os.Root) ([]stamp, error) {
 		return nil, fmt.Errorf("open policy folder: %w", err)
 	}
 	defer d.Close()
-	names, err := d.Readdirnames(4 * MaxFiles)
+	names, err := d.Readdirnames(maxNames)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("list policy folder: %w", err)
+	}
+	if len(names) == maxNames {
+		return nil, fmt.Errorf("list policy folder: it has more than %d entries", maxNames)
 	}
 	var out []stamp
 	for _, name := range names {
