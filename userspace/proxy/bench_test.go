@@ -7,10 +7,14 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os/exec"
+	"runtime"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -74,6 +78,103 @@ func BenchmarkRequest(b *testing.B) {
 		n.raw(app, 80)
 		run(b, n.apps[serverPort(80)])
 	})
+}
+
+// BenchmarkWrk has wrk ask nginx for 1 KiB, directly, on one node and through
+// a tunnel whose two ends are in this process. It reports requests a second
+// and the CPU time of this process (kernel included) for 100,000 requests;
+// -benchtime is ignored.
+func BenchmarkWrk(b *testing.B) {
+	addr := startNginx(b, nil)
+	for _, conns := range []string{"1", "64"} {
+		for _, goroutines := range []bool{false, true} {
+			b.Run(fmt.Sprintf("same node/c=%s/goroutines=%v", conns, goroutines), func(b *testing.B) {
+				n := oneNode(b, nodeOptions{goroutines: goroutines})
+				n.at(addr, 80)
+				wrk(b, conns, n.out(clientNumber, serverPort(80)))
+			})
+			b.Run(fmt.Sprintf("tunnel/c=%s/goroutines=%v", conns, goroutines), func(b *testing.B) {
+				a, s := twoNodes(b, nodeOptions{goroutines: goroutines})
+				s.at(addr, 80)
+				wrk(b, conns, a.out(clientNumber, serverPort(80)))
+			})
+		}
+		b.Run("direct/c="+conns, func(b *testing.B) { wrk(b, conns, addr) })
+	}
+}
+
+func wrk(b *testing.B, conns, addr string) {
+	b.Helper()
+	if _, err := exec.LookPath("wrk"); err != nil {
+		b.Skip("wrk is not installed")
+	}
+	for b.Loop() {
+		var before, after unix.Rusage
+		_ = unix.Getrusage(unix.RUSAGE_SELF, &before)
+		out, err := exec.Command("wrk", "-t1", "-c"+conns, "-d2s", "--latency", "http://"+addr+"/kib").CombinedOutput()
+		_ = unix.Getrusage(unix.RUSAGE_SELF, &after)
+		if err != nil || bytes.Contains(out, []byte("Non-2xx")) || bytes.Contains(out, []byte("Socket errors")) {
+			b.Fatalf("%v: %s", err, out)
+		}
+		rate, total := 0.0, 0.0
+		for line := range strings.Lines(string(out)) {
+			_, _ = fmt.Sscanf(strings.TrimSpace(line), "Requests/sec: %f", &rate)
+			if strings.Contains(line, "requests in") {
+				_, _ = fmt.Sscanf(strings.TrimSpace(line), "%f requests in", &total)
+			}
+		}
+		cpu := float64(after.Utime.Nano()+after.Stime.Nano()-before.Utime.Nano()-before.Stime.Nano()) / 1e9
+		b.ReportMetric(rate, "req/s")
+		b.ReportMetric(cpu/total*1e5, "cpu-s/100k")
+	}
+}
+
+// BenchmarkIdle reports what an idle kept connection holds in memory, both
+// sides of the proxy, after one request each.
+func BenchmarkIdle(b *testing.B) {
+	const conns = 2000
+	for b.Loop() {
+		n := oneNode(b, nodeOptions{change: func(o *Options) { o.MaxPerIdentity = 2 * conns }})
+		n.raw(func(c *net.TCPConn) {
+			_ = c.SetDeadline(time.Time{})
+			buf := make([]byte, 512)
+			for {
+				if _, err := c.Read(buf); err != nil {
+					return
+				}
+				io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			}
+		}, 80)
+		addr := n.out(clientNumber, serverPort(80))
+		var before, after runtime.MemStats
+		list := make([]net.Conn, conns)
+		direct := func(addr string) (heap, stack uint64) {
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+			for i := range list {
+				c, err := net.Dial("tcp4", addr)
+				if err != nil {
+					b.Fatal(err)
+				}
+				list[i] = c
+				io.WriteString(c, benchGet)
+				if _, err := c.Read(make([]byte, 512)); err != nil {
+					b.Fatal(err)
+				}
+			}
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+			for _, c := range list {
+				c.Close()
+			}
+			return (after.HeapInuse - before.HeapInuse) / conns, (after.StackInuse - before.StackInuse) / conns
+		}
+		heap, stack := direct(addr)
+		time.Sleep(200 * time.Millisecond)
+		heapDirect, stackDirect := direct(n.apps[serverPort(80)])
+		b.ReportMetric(float64(heap)-float64(heapDirect), "heap-B/conn")
+		b.ReportMetric(float64(stack)-float64(stackDirect), "stack-B/conn")
+	}
 }
 
 // BenchmarkDenial measures a refused request, from head to problem document.

@@ -242,6 +242,10 @@ func (c *call) watch(opaque bool) bool {
 	s := pipeline.Stream{Subjects: c.d.Subjects, Serial: c.peer.Serial, Issued: c.req.Time}
 	s.Subjects[0] = c.peer.ID
 	s.Until = c.d.Until
+	if !s.Until.IsZero() && s.Until.Equal(c.peer.NotAfter) {
+		// What is under way may end in order while the tunnel drains.
+		s.Until = s.Until.Add(c.p.opt.DrainTimeout)
+	}
 	if !c.enforced() {
 		s.Until = time.Time{}
 	}

@@ -435,6 +435,38 @@ func TestRevocation(t *testing.T) {
 	})
 }
 
+// TestRevocationInAudit holds that a policy that only observes ends nothing.
+func TestRevocationInAudit(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := oneNode(t, nodeOptions{goroutines: goroutines, mode: "audit"})
+		n.raw(echo, 7)
+		c := dialTCP(t, n.out(clientNumber, serverPort(7)))
+		say := func() error {
+			if _, err := io.WriteString(c, "x"); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(c, make([]byte, 1))
+			return err
+		}
+		if err := say(); err != nil {
+			t.Fatal(err)
+		}
+		list, err := identity.NewRevocations([]identity.Revocation{{Kind: identity.RevokeIdentity, Value: clientID}}, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.pipeline.SetRevocations(list)
+		// What was posted to the loop has run when a later connection is served.
+		n.app(http.HandlerFunc(reflect), 81)
+		if resp, err := ask(t, dialTCP(t, n.out(otherNumber, serverPort(81))), "GET / HTTP/1.1\r\nHost: a\r\n\r\n"); err != nil {
+			t.Fatal(resp, err)
+		}
+		if err := say(); err != nil {
+			t.Errorf("the connection was ended: %v", err)
+		}
+	})
+}
+
 // TestPolicyChange holds that a live opaque connection ends when the new
 // plan does not allow it, and stays when it does.
 func TestPolicyChange(t *testing.T) {
@@ -473,8 +505,30 @@ func TestRotation(t *testing.T) {
 		t.Run(fmt.Sprintf("goroutines=%v", goroutines), func(t *testing.T) {
 			t.Parallel()
 			a, b := twoNodes(t, nodeOptions{goroutines: goroutines, ttl: 2 * time.Second})
-			b.app(http.HandlerFunc(reflect), 80)
+			b.app(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/slow" {
+					reflect(w, r)
+					return
+				}
+				for range 40 {
+					io.WriteString(w, "tick")
+					w.(http.Flusher).Flush()
+					time.Sleep(100 * time.Millisecond)
+				}
+			}), 80)
 			base := "http://" + a.out(clientNumber, serverPort(80))
+			slow := make(chan error, 1)
+			go func() {
+				resp, err := httpClient(t).Get(base + "/slow")
+				if err == nil {
+					var body []byte
+					if body, err = io.ReadAll(resp.Body); err == nil && len(body) != 160 {
+						err = fmt.Errorf("%d bytes", len(body))
+					}
+					resp.Body.Close()
+				}
+				slow <- err
+			}()
 			fresh := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
 			kept := httpClient(t)
 			serials := map[string]bool{}
@@ -494,6 +548,9 @@ func TestRotation(t *testing.T) {
 				}
 				time.Sleep(5 * time.Millisecond)
 			}
+			if err := <-slow; err != nil {
+				t.Errorf("a response that outlives the certificate: %v", err)
+			}
 			if len(serials) < 3 {
 				t.Errorf("%d certificates in %d requests: nothing rotated", len(serials), requests)
 			}
@@ -503,58 +560,18 @@ func TestRotation(t *testing.T) {
 
 // TestNginxAndCurl has a real server and a real client, through a tunnel.
 func TestNginxAndCurl(t *testing.T) {
-	for _, name := range []string{"nginx", "curl"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skipf("%s is not installed", name)
-		}
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Skip("curl is not installed")
 	}
-	dir := t.TempDir()
 	large := make([]byte, 5<<20)
 	for i := range large {
 		large[i] = byte(rand.Uint32())
 	}
-	if err := os.WriteFile(filepath.Join(dir, "large"), large, 0o644); err != nil {
+	largeFile := filepath.Join(t.TempDir(), "upload")
+	if err := os.WriteFile(largeFile, large, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	config := fmt.Sprintf(`
-daemon off; master_process off; pid %[1]s/pid; error_log %[1]s/error.log;
-events { worker_connections 256; }
-http {
-  access_log off; client_body_temp_path %[1]s/body; proxy_temp_path %[1]s/proxy; fastcgi_temp_path %[1]s/f; uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s;
-  server {
-    listen 127.0.0.1:%[2]s; root %[1]s; client_max_body_size 20m;
-    location /text { return 200 "from nginx for $http_x_forwarded_client_cert"; }
-    location /post { return 200 "posted"; }
-    location /large { }
-  }
-}`, dir, "PORT")
-	free, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := free.Addr().String()
-	_, port, _ := net.SplitHostPort(addr)
-	free.Close()
-	path := filepath.Join(dir, "nginx.conf")
-	if err := os.WriteFile(path, []byte(strings.ReplaceAll(config, "PORT", port)), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command("nginx", "-p", dir, "-c", path)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	for tries := 0; ; tries++ {
-		c, err := net.Dial("tcp4", addr)
-		if err == nil {
-			c.Close()
-			break
-		}
-		if tries == 200 {
-			t.Fatal(err)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
+	addr := startNginx(t, large)
 	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
 		app.at(addr, 80)
 		base := "http://" + in.out(clientNumber, serverPort(80))
@@ -575,10 +592,10 @@ http {
 		if out := curl("-0", base+"/text"); !bytes.HasPrefix(out, []byte("from nginx")) {
 			t.Errorf("HTTP/1.0: got %q", out)
 		}
-		if out := curl("--data-binary", "@"+filepath.Join(dir, "large"), "-H", "Transfer-Encoding: chunked", base+"/post"); string(out) != "posted" {
+		if out := curl("--data-binary", "@"+largeFile, "-H", "Transfer-Encoding: chunked", base+"/post"); string(out) != "posted" {
 			t.Errorf("chunked: got %q", out)
 		}
-		if out := curl("--data-binary", "@"+filepath.Join(dir, "large"), base+"/post", base+"/text"); !bytes.HasPrefix(out, []byte("postedfrom nginx")) {
+		if out := curl("--data-binary", "@"+largeFile, base+"/post", base+"/text"); !bytes.HasPrefix(out, []byte("postedfrom nginx")) {
 			t.Errorf("100-continue: got %q", out)
 		}
 		if out := curl("-I", base+"/large"); !bytes.Contains(out, []byte("Content-Length: 5242880")) {
@@ -588,6 +605,59 @@ http {
 			t.Errorf("dot segment: got %q", out)
 		}
 	})
+}
+
+// startNginx runs nginx as an application and returns where.
+func startNginx(t testing.TB, large []byte) string {
+	t.Helper()
+	if _, err := exec.LookPath("nginx"); err != nil {
+		t.Skip("nginx is not installed")
+	}
+	dir := t.TempDir()
+	for name, content := range map[string][]byte{"large": large, "kib": bytes.Repeat([]byte("x"), 1024)} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const config = `
+daemon off; master_process off; pid DIR/pid; error_log DIR/error.log;
+events { worker_connections 1024; }
+http {
+  access_log off; client_body_temp_path DIR/body; proxy_temp_path DIR/proxy; fastcgi_temp_path DIR/f; uwsgi_temp_path DIR/u; scgi_temp_path DIR/s;
+  keepalive_requests 1000000000;
+  server {
+    listen 127.0.0.1:PORT; root DIR; client_max_body_size 20m;
+    location /text { return 200 "from nginx for $http_x_forwarded_client_cert"; }
+    location /post { return 200 "posted"; }
+  }
+}`
+	free, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := free.Addr().String()
+	_, port, _ := net.SplitHostPort(addr)
+	free.Close()
+	path := filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(path, []byte(strings.NewReplacer("DIR", dir, "PORT", port).Replace(config)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("nginx", "-p", dir, "-c", path)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	for tries := 0; ; tries++ {
+		c, err := net.Dial("tcp4", addr)
+		if err == nil {
+			c.Close()
+			return addr
+		}
+		if tries == 200 {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 // TestPlainAndUnprotected carry what nobody claims, and what nobody
@@ -629,8 +699,11 @@ func TestLimits(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := say(dialTCP(t, addr)); err == nil {
-			t.Error("a connection over the limit was served")
+		if c, err := net.Dial("tcp4", addr); err == nil {
+			if say(c) == nil {
+				t.Error("a connection over the limit was served")
+			}
+			c.Close()
 		}
 		if n.proxy.Stats().Overload == 0 {
 			t.Error("it was not counted")

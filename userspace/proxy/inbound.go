@@ -117,11 +117,17 @@ func (p *Proxy) stream(t *netloop.Task, s *tunnel.Stream, ns *namespace, serverI
 	}
 	if f := s.Request().Forwarded; f != "" {
 		client, ok := forwardedFor(f, remote.Port())
-		if !ok || !believed(client.Addr(), remote.Addr(), c.src) {
-			c.turnAway(403, flow.ReasonForwardedAddress, "the client's address is neither the peer's nor one of its identity's endpoints'")
+		switch {
+		case ok && believed(client.Addr(), remote.Addr(), c.src):
+			c.peer.Address = client
+		case c.enforced():
+			c.turnAway(403, flow.ReasonForwardedAddress, unbelieved)
 			return
+		default: // it goes on with the address that the tunnel itself shows
+			c.begin(flow.ProtocolTCP)
+			c.refuse(flow.StageChannel, flow.ReasonForwardedAddress, unbelieved)
+			c.record(0, 0)
 		}
-		c.peer.Address = client
 	}
 	n := p.take(p.view.Load().numbers[serverID])
 	if n == nil {
@@ -133,6 +139,8 @@ func (p *Proxy) stream(t *netloop.Task, s *tunnel.Stream, ns *namespace, serverI
 	c.identify()
 	c.serve()
 }
+
+const unbelieved = "the client's address is neither the peer's nor one of its identity's endpoints'"
 
 // turnAway refuses a CONNECT whatever the mode: there is nowhere to go.
 func (c *call) turnAway(status int, reason flow.Reason, detail string) {

@@ -83,8 +83,10 @@ const (
 	spokenEnd // the client ended it without a word
 )
 
-// detect looks at the first bytes, for at most limit.
-func (c *call) detect(limit time.Duration) spoken {
+// detect looks at the first bytes, for at most limit. Where HTTP is expected,
+// the beginning of a request line is enough: the rest has a time limit of its
+// own.
+func (c *call) detect(limit time.Duration, expected bool) spoken {
 	_ = c.client.SetReadDeadline(time.Now().Add(limit))
 	if s, ok := c.client.(interface{ AwaitRead() error }); ok && c.buf == nil {
 		switch err := s.AwaitRead(); {
@@ -101,7 +103,7 @@ func (c *call) detect(limit time.Duration) spoken {
 				return spokenTLS
 			}
 			yes, more := http1.LooksLikeHTTP1(b)
-			if yes {
+			if yes || more && expected && b[0] != 0x16 {
 				return spokenHTTP
 			}
 			if !more && (len(b) >= 3 || b[0] != 0x16) {
@@ -135,12 +137,12 @@ func (c *call) serve() {
 		if c.accept() != nil {
 			return
 		}
-		c.serveDetected(c.detect(c.p.opt.IdleTimeout))
+		c.serveDetected(c.detect(c.p.opt.IdleTimeout, true))
 	case compile.ProtocolAuto:
 		if c.accept() != nil {
 			return
 		}
-		c.serveDetected(c.detect(c.p.opt.Detect))
+		c.serveDetected(c.detect(c.p.opt.Detect, false))
 	case compile.ProtocolTLS:
 		c.servePassthrough()
 	default:
@@ -202,7 +204,7 @@ func (c *call) servePassthrough() {
 	if c.accept() != nil {
 		return
 	}
-	s := c.detect(c.p.opt.HeadTimeout)
+	s := c.detect(c.p.opt.HeadTimeout, false)
 	if s == spokenEnd {
 		return
 	}

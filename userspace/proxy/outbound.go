@@ -87,7 +87,7 @@ func (c *call) fail(r *refusal) {
 // refuseEarly refuses a connection before anything was read of it: a client
 // that speaks HTTP is told why, others are reset.
 func (c *call) refuseEarly() {
-	if c.detect(c.p.opt.Detect) != spokenHTTP {
+	if c.detect(c.p.opt.Detect, false) != spokenHTTP {
 		abort(c.client)
 		return
 	}

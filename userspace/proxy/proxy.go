@@ -49,6 +49,7 @@ type Options struct {
 	ConnectTimeout  time.Duration // to the application and to the other node (10 s)
 	Detect          time.Duration // for the first bytes that tell the protocol (200 ms)
 	VerdictTTL      time.Duration // of a direct verdict (5 min)
+	DrainTimeout    time.Duration // for what is under way when the peer's certificate ends (30 s)
 
 	MaxPerNetns    int // connections of one network namespace (16384)
 	MaxPerIdentity int // connections of one identity (8192)
@@ -60,7 +61,7 @@ func (o Options) withDefaults() Options {
 		def   time.Duration
 	}{{&o.HeadTimeout, 15 * time.Second}, {&o.BodyTimeout, time.Minute}, {&o.IdleTimeout, 5 * time.Minute},
 		{&o.ResponseTimeout, 5 * time.Minute}, {&o.RelayIdle, 2 * time.Hour}, {&o.ConnectTimeout, 10 * time.Second},
-		{&o.Detect, 200 * time.Millisecond}, {&o.VerdictTTL, 5 * time.Minute}} {
+		{&o.Detect, 200 * time.Millisecond}, {&o.VerdictTTL, 5 * time.Minute}, {&o.DrainTimeout, 30 * time.Second}} {
 		if *d.value <= 0 {
 			*d.value = d.def
 		}
@@ -72,6 +73,9 @@ func (o Options) withDefaults() Options {
 		if *d.value <= 0 {
 			*d.value = d.def
 		}
+	}
+	if o.Tunnel.DrainTimeout <= 0 {
+		o.Tunnel.DrainTimeout = o.DrainTimeout
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
