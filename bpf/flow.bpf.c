@@ -10,14 +10,8 @@
 
 static __always_inline void use(__u32 identity, __s64 entries)
 {
-	struct usage_value *u = bpf_map_lookup_elem(&usage, &identity);
+	struct usage_value *u = usage_of(identity);
 
-	if (!u) {
-		struct usage_value none = {};
-
-		bpf_map_update_elem(&usage, &identity, &none, BPF_NOEXIST);
-		u = bpf_map_lookup_elem(&usage, &identity);
-	}
 	if (u)
 		__sync_fetch_and_add(&u->flows, entries);
 }
@@ -120,7 +114,7 @@ static __always_inline void opened(struct bpf_sock_ops *ctx, struct bpf_sock *sk
 	struct flow_value value = {};
 	struct flow_key key = {};
 
-	if (!tag || tag->kind == FLOW_NONE)
+	if (!tag || tag->kind == FLOW_NONE || tag->kind == FLOW_SERVED)
 		return;
 	value.cookie = bpf_get_socket_cookie(ctx);
 	forget_flows(tag, value.cookie);
@@ -151,6 +145,36 @@ static __always_inline void opened(struct bpf_sock_ops *ctx, struct bpf_sock *sk
 		tag->entries = 2;
 	else
 		tell_full(&key, &value);
+}
+
+/*
+ * A server shows the true client for as long as its connection lives, also
+ * after the dial that brought it has been closed.
+ */
+static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct flow_key there = {}, key = {};
+	struct socket_tag *tag;
+	struct flow_value *v;
+
+	key.netns = bpf_get_netns_cookie(ctx);
+	if (!protection(key.netns, ctx->local_port))
+		return;
+	ends_of(ctx, &there);
+	key.src = there.dst;
+	key.sport = there.dport;
+	key.dst = there.src;
+	key.dport = there.sport;
+	key.proto = IPPROTO_TCP;
+	v = bpf_map_lookup_elem(&flow, &key);
+	if (!v || v->kind != FLOW_DIAL || !v->client_port)
+		return;
+	tag = bpf_sk_storage_get(&socket_tags, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!tag)
+		return;
+	tag->client = v->client;
+	tag->client_port = v->client_port;
+	tag->kind = FLOW_SERVED;
 }
 
 static __always_inline void count_listener(struct socket_tag *tag, __u64 ns, __u16 port, __u32 family)
@@ -256,6 +280,9 @@ int track(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		opened(ctx, sk);
 		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		accepted(ctx, sk);
+		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		listens(ctx, sk);
 		break;
@@ -343,44 +370,30 @@ int forget(struct forget_args *args)
  * The peer to show: the original destination to a client whose connection
  * was rewritten, the true client to a server that the agent dialled.
  */
-static __always_inline bool true_peer(struct bpf_sock_addr *ctx, const struct address *peer, const struct address *local,
-				      struct address *addr, __u16 *port)
+static __always_inline bool true_peer(struct bpf_sock_addr *ctx, struct address *addr, __u16 *port)
 {
-	struct socket_tag *tag;
-	struct flow_value *v;
-	struct flow_key key = {};
+	struct socket_tag *tag = bpf_sk_storage_get(&socket_tags, ctx->sk, NULL, 0);
 
-	if (ctx->protocol != IPPROTO_TCP)
+	if (!tag || ctx->protocol != IPPROTO_TCP)
 		return false;
-	tag = bpf_sk_storage_get(&socket_tags, ctx->sk, NULL, 0);
-	if (tag && tag->kind != FLOW_NONE) {
-		if (tag->kind != FLOW_OUT)
-			return false;
+	if (tag->kind == FLOW_OUT) {
 		*addr = tag->dst;
 		*port = tag->dport;
 		return true;
 	}
-	key.netns = bpf_get_netns_cookie(ctx);
-	key.src = *peer;
-	key.sport = ntohs(ctx->user_port);
-	key.dst = *local;
-	key.dport = ctx->sk->src_port;
-	key.proto = IPPROTO_TCP;
-	v = bpf_map_lookup_elem(&flow, &key);
-	if (!v || v->kind != FLOW_DIAL || !v->client_port)
-		return false;
-	*addr = v->client;
-	*port = v->client_port;
-	return true;
+	*addr = tag->client;
+	*port = tag->client_port;
+	return tag->kind == FLOW_SERVED;
 }
 
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	struct address peer = address4(ctx->user_ip4), local = address4(ctx->sk->src_ip4), addr;
+	struct address addr;
 	__u16 port;
 
-	if (true_peer(ctx, &peer, &local, &addr, &port) && is_mapped(&addr)) {
+	/* There is no room in it for a client that came over IPv6. */
+	if (true_peer(ctx, &addr, &port) && is_mapped(&addr)) {
 		ctx->user_ip4 = addr.word[3];
 		ctx->user_port = htons(port);
 	}
@@ -390,12 +403,10 @@ int getpeername4(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct address peer = { { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] } };
-	struct bpf_sock *sk = ctx->sk;
-	struct address local = { { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] } }, addr;
+	struct address addr;
 	__u16 port;
 
-	if (true_peer(ctx, &peer, &local, &addr, &port)) {
+	if (true_peer(ctx, &addr, &port)) {
 		ctx->user_ip6[0] = addr.word[0];
 		ctx->user_ip6[1] = addr.word[1];
 		ctx->user_ip6[2] = addr.word[2];

@@ -164,6 +164,7 @@ const (
 	KernelFlowKindFLOW_OUT    KernelFlowKind = 1
 	KernelFlowKindFLOW_DIRECT KernelFlowKind = 2
 	KernelFlowKindFLOW_DIAL   KernelFlowKind = 3
+	KernelFlowKindFLOW_SERVED KernelFlowKind = 4
 )
 
 type KernelFlowValue struct {

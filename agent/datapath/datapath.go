@@ -35,6 +35,7 @@ type Options struct {
 	Ports        Ports         // 15001, 15006, 15008
 	StaleAfter   time.Duration // age at which a heartbeat is none: 3 s
 	FlowQuota    uint32        // flows of one identity: a quarter of all
+	VerdictQuota uint32        // verdicts of one identity: 4096
 	SampleBudget uint32        // samples a second: 1000
 	EventLimit   uint32        // events a second per identity and reason: 32
 	Ceiling      flow.Mode     // the node-wide ceiling; see also SetCeiling
@@ -42,15 +43,19 @@ type Options struct {
 
 // Datapath writes and reads the maps of the kernel half.
 type Datapath struct {
-	kernel *loader.Kernel
-	maps   *bpf.KernelMaps
-	ports  Ports
+	kernel       *loader.Kernel
+	maps         *bpf.KernelMaps
+	ports        Ports
+	verdictQuota uint32
 
 	mu      sync.Mutex // control record, slots, generations, numbers
 	control bpf.KernelControlValue
 	slots   slots
 	gens    generations
 	levels  levels
+
+	verdictMu sync.Mutex
+	verdicts  map[flow.IdentityNumber]uint32 // how many each identity has
 }
 
 // New writes the control record and, where the pins were taken over, voids
@@ -66,6 +71,7 @@ func New(k *loader.Kernel, o Options) (*Datapath, error) {
 		return nil, fmt.Errorf("set ports: outbound %d, inbound %d, tunnel %d are not three ports", p.Outbound, p.Inbound, p.Tunnel)
 	}
 	d.ports = o.Ports
+	d.verdictQuota = or(o.VerdictQuota, 4096)
 	if err := d.maps.Control.Lookup(uint32(0), &d.control); err != nil {
 		return nil, fmt.Errorf("read control: %w", err)
 	}
@@ -90,6 +96,7 @@ func New(k *loader.Kernel, o Options) (*Datapath, error) {
 	if err := d.DeleteVerdicts(VerdictFilter{}); err != nil {
 		return nil, err
 	}
+	d.verdicts = make(map[flow.IdentityNumber]uint32)
 	if err := d.BumpEpoch(); err != nil {
 		return nil, err
 	}

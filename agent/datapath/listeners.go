@@ -141,6 +141,15 @@ func (d *Datapath) RemoveNetns(cookie uint64) error {
 	return d.clearSlots(slot, ownSlots)
 }
 
+// Netns returns the cookies of the network namespaces that are registered.
+func (d *Datapath) Netns() ([]uint64, error) {
+	cookies, err := keysOf(d.maps.Netns, func(*uint64) bool { return true })
+	if err != nil {
+		return nil, fmt.Errorf("read netns: %w", err)
+	}
+	return cookies, nil
+}
+
 // ListenerKind is one of our own listeners.
 type ListenerKind uint8
 

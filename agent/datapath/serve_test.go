@@ -194,7 +194,6 @@ func TestDialShowsTheTrueClient(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer d.Close()
 			s, peer, err := l.Accept()
 			if err != nil {
 				t.Fatal(err)
@@ -207,6 +206,10 @@ func TestDialShowsTheTrueClient(t *testing.T) {
 			}
 			if peer != want {
 				t.Errorf("accept shows %s, want %s", peer, want)
+			}
+			must(t, d.Close())
+			if b, err := s.Recv(1); err != nil || len(b) != 0 {
+				t.Errorf("after the dial was closed: %q, %v", b, err)
 			}
 			if peer, err := s.Peer(); err != nil || peer != want {
 				t.Errorf("getpeername shows %s (%v), want %s", peer, err, want)

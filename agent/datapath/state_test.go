@@ -6,11 +6,13 @@ import (
 	"errors"
 	"maps"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/agent/loader"
 	"github.com/sallyport-dev/sallyport/agent/testenv"
 	"github.com/sallyport-dev/sallyport/bpf"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -227,5 +229,50 @@ func TestLevels(t *testing.T) {
 	}
 	if got := l.bit(1 << 40); got != allLevels {
 		t.Errorf("a cgroup that is not there has bit %#x", got)
+	}
+}
+
+// One identity cannot fill the verdict map for the others, and what has
+// expired does not count.
+func TestVerdictQuota(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce, func(_ *loader.Options, o *Options) { o.VerdictQuota = 3 })
+	g, err := n.GenerationOf("policy")
+	must(t, err)
+	put := func(source flow.IdentityNumber, last byte, ttl time.Duration) error {
+		return n.PutVerdict(flow.Verdict{Source: source, SourceNetns: 1, Destination: netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, last}), 80),
+			Action: flow.ActionDirect, Expires: ttl}, g)
+	}
+	for last := range byte(3) {
+		must(t, put(clientNumber, last, time.Hour))
+	}
+	if err := put(clientNumber, 3, time.Hour); !errors.Is(err, ErrFull) {
+		t.Errorf("beyond the quota: %v", err)
+	}
+	must(t, put(serverNumber, 3, time.Hour))
+	must(t, put(clientNumber, 0, time.Nanosecond)) // replaced in place
+	must(t, put(clientNumber, 3, time.Hour))
+	if err := put(clientNumber, 4, time.Hour); !errors.Is(err, ErrFull) {
+		t.Errorf("beyond the quota: %v", err)
+	}
+	must(t, n.DeleteVerdicts(VerdictFilter{Source: clientNumber}))
+	must(t, put(clientNumber, 4, time.Hour))
+}
+
+func TestNetnsIsRegistered(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	must(t, n.AddNetns(99))
+	must(t, n.AddNetns(99))
+	cookies, err := n.Netns()
+	must(t, err)
+	slices.Sort(cookies)
+	want := []uint64{99, n.netns.Cookie}
+	slices.Sort(want)
+	if !slices.Equal(cookies, want) {
+		t.Errorf("registered %v, want %v", cookies, want)
+	}
+	must(t, n.RemoveNetns(99))
+	must(t, n.RemoveNetns(99))
+	if cookies, err := n.Netns(); err != nil || len(cookies) != 1 {
+		t.Errorf("registered %v (%v)", cookies, err)
 	}
 }

@@ -272,6 +272,8 @@ func TestSamples(t *testing.T) {
 		{dst: address6, request: "OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", method: "OPTIONS", path: "*", host: "h"},
 		{dst: mapped4, request: "POST / HTTP/1.1\r\nHostile: no\r\nXHost: no\r\n\r\nHost: body", method: "POST", path: "/"},
 		{dst: address4, request: "GET /" + long + " HTTP/1.1\r\nHost: " + long + "\r\n\r\n", method: "GET", path: "/" + long[:127], host: long[:64], pathCut: true, hostCut: true},
+		{dst: address4, request: "GET http://user:secret@h/x HTTP/1.1\r\nHost: h\r\n\r\n", method: "GET", host: "h"},
+		{dst: address4, request: "GET /x;jsessionid=secret HTTP/1.1\r\nHost: h\r\n\r\n", method: "GET", path: "/x", host: "h"},
 		{dst: address4, request: "DELETE /x HTTP/1.0\n\nHost: body", method: "DELETE", path: "/x"},
 		{dst: address4, request: "GET /unfinished-request-line", method: "", nothing: true},
 		{dst: address4, request: "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03aaaaaaaaaaaa", nothing: true},

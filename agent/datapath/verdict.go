@@ -101,9 +101,36 @@ func (d *Datapath) PutVerdict(v flow.Verdict, g Generation) error {
 		Netns: v.DestinationNetns, Expires: now() + uint64(v.Expires), Generation: g.value, Epoch: g.epoch,
 		Slot: g.slot, Action: uint8(v.Action),
 	}
-	if err := d.maps.Verdict.Put(&key, &value); err != nil {
-		return fmt.Errorf("put verdict for %d to %s: %w", v.Source, v.Destination, full(err))
+	if err := d.putVerdict(v.Source, &key, &value); err != nil {
+		return fmt.Errorf("put verdict for %d to %s: %w", v.Source, v.Destination, err)
 	}
+	return nil
+}
+
+// putVerdict keeps each identity within its quota, so that none can fill the
+// map for the others.
+func (d *Datapath) putVerdict(source flow.IdentityNumber, key *bpf.KernelVerdictKey, value *bpf.KernelVerdictValue) error {
+	d.verdictMu.Lock()
+	defer d.verdictMu.Unlock()
+	err := d.maps.Verdict.Update(key, value, ebpf.UpdateExist)
+	if !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return full(err)
+	}
+	if d.verdicts[source] >= d.verdictQuota {
+		t := now()
+		if err := d.removeVerdicts(func(k *bpf.KernelVerdictKey, v *bpf.KernelVerdictValue) bool {
+			return k.Identity == uint32(source) && v.Expires <= t
+		}); err != nil {
+			return err
+		}
+		if d.verdicts[source] >= d.verdictQuota {
+			return fmt.Errorf("%w: the identity has its %d verdicts", ErrFull, d.verdictQuota)
+		}
+	}
+	if err := d.maps.Verdict.Update(key, value, ebpf.UpdateNoExist); err != nil {
+		return full(err)
+	}
+	d.verdicts[source]++
 	return nil
 }
 
@@ -130,33 +157,42 @@ func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr()
 
 // DeleteVerdicts removes the verdicts that the filter selects.
 func (d *Datapath) DeleteVerdicts(f VerdictFilter) error {
-	keys, err := keysOf(d.maps.Verdict, f.match)
-	if err != nil {
-		return fmt.Errorf("delete verdicts: %w", err)
-	}
-	for i := range keys {
-		if err := absent(d.maps.Verdict.Delete(&keys[i])); err != nil {
-			return fmt.Errorf("delete verdicts: %w", err)
-		}
-	}
-	return nil
+	d.verdictMu.Lock()
+	defer d.verdictMu.Unlock()
+	return d.removeVerdicts(func(k *bpf.KernelVerdictKey, _ *bpf.KernelVerdictValue) bool { return f.match(k) })
 }
 
 // SweepVerdicts removes the verdicts that have expired, so that the map
 // holds only what can be used. Due every minute or so.
 func (d *Datapath) SweepVerdicts() error {
+	d.verdictMu.Lock()
+	defer d.verdictMu.Unlock()
+	t := now()
+	return d.removeVerdicts(func(_ *bpf.KernelVerdictKey, v *bpf.KernelVerdictValue) bool { return v.Expires <= t })
+}
+
+// removeVerdicts is called with verdictMu held: nobody else writes the map.
+func (d *Datapath) removeVerdicts(match func(*bpf.KernelVerdictKey, *bpf.KernelVerdictValue) bool) error {
 	var key bpf.KernelVerdictKey
 	var value bpf.KernelVerdictValue
-	var expired []bpf.KernelVerdictKey
-	t := now()
-	for it := d.maps.Verdict.Iterate(); it.Next(&key, &value); {
-		if value.Expires <= t {
-			expired = append(expired, key)
+	var doomed []bpf.KernelVerdictKey
+	it := d.maps.Verdict.Iterate()
+	for it.Next(&key, &value) {
+		if match(&key, &value) {
+			doomed = append(doomed, key)
 		}
 	}
-	for i := range expired {
-		if err := absent(d.maps.Verdict.Delete(&expired[i])); err != nil {
-			return fmt.Errorf("sweep verdicts: %w", err)
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read verdicts: %w", err)
+	}
+	for i := range doomed {
+		if err := absent(d.maps.Verdict.Delete(&doomed[i])); err != nil {
+			return fmt.Errorf("delete verdicts: %w", err)
+		}
+		if source := flow.IdentityNumber(doomed[i].Identity); d.verdicts[source] > 1 {
+			d.verdicts[source]--
+		} else {
+			delete(d.verdicts, source)
 		}
 	}
 	return nil

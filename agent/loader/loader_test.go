@@ -254,13 +254,10 @@ func TestStalePinsAreSwept(t *testing.T) {
 		must(t, k.Sweep())
 		cookies, err := k.Netns()
 		must(t, err)
-		return slices.Equal(cookies, []uint64{stays.Cookie})
+		names, err := pinsIn(filepath.Join(o.PinDir, "tcx"))
+		must(t, err)
+		return slices.Equal(cookies, []uint64{stays.Cookie}) && len(names) == 2
 	})
-	names, err := pinsIn(filepath.Join(o.PinDir, "tcx"))
-	must(t, err)
-	if len(names) != 2 {
-		t.Errorf("interfaces %v", names)
-	}
 	must(t, k.DetachInterface(Interface{Index: 1, Cookie: stays.Cookie}))
 	must(t, k.DetachNetns(stays.Cookie))
 	must(t, k.DetachNetns(stays.Cookie))

@@ -38,6 +38,7 @@ enum flow_kind {
 	FLOW_OUT = 1, /* rewritten to the outbound listener */
 	FLOW_DIRECT = 2, /* verdict direct, untouched */
 	FLOW_DIAL = 3, /* made by the agent on a client's behalf */
+	FLOW_SERVED = 4, /* in a socket's tag alone: accepted from such a dial */
 };
 
 enum flow_flags {

@@ -92,11 +92,13 @@ struct {
 /*
  * identity -> entries of the flow map that it uses; USAGE_TOTAL: all.
  * Written by sockops and forget; read by connect.
- * Full: connections of an identity that has no entry are refused.
+ * Full: connections of an identity that has no entry are refused; there is
+ * room for every number that the numbers map can give.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 16384);
+	__uint(max_entries, 65792);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, __u32);
 	__type(value, struct usage_value);
 } usage SEC(".maps");

@@ -147,7 +147,9 @@ static __always_inline void http_path(struct http *h, struct sample *s, __u8 b)
 {
 	__u32 n = s->path_len;
 
-	if (b == ' ' || b == '?' || b == '\r' || b == '\n') {
+	/* What may hold a secret is not kept: a query, a parameter of the path
+	 * (a session), the user and password of an absolute form. */
+	if (b == ' ' || b == '?' || b == ';' || b == '\r' || b == '\n' || (n == 0 && b != '/' && b != '*')) {
 		h->state = b == '\n' ? HTTP_NAME : HTTP_LINE;
 	} else if (n < SAMPLE_PATH) {
 		barrier_var(n);

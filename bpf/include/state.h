@@ -212,11 +212,14 @@ static __always_inline bool refused(struct event *e, __u8 reason, __u8 mode)
 	return mode == MODE_ENFORCE;
 }
 
-static __always_inline __u64 flows_of(__u32 identity)
+static __always_inline struct usage_value *usage_of(__u32 identity)
 {
-	struct usage_value *u = bpf_map_lookup_elem(&usage, &identity);
+	struct usage_value *u = bpf_map_lookup_elem(&usage, &identity), none = {};
 
-	return u ? u->flows : 0;
+	if (u)
+		return u;
+	bpf_map_update_elem(&usage, &identity, &none, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&usage, &identity);
 }
 
 /* Whose quota an entry is counted against: a dial's is its server's. */
@@ -227,7 +230,9 @@ static __always_inline __u32 payer(__u8 kind, __u32 identity, __u32 target)
 
 static __always_inline bool flow_room(const struct control_value *c, __u32 identity)
 {
-	return flows_of(USAGE_TOTAL) < c->flow_limit && flows_of(identity) < c->flow_quota;
+	struct usage_value *all = usage_of(USAGE_TOTAL), *own = usage_of(identity);
+
+	return all && own && all->flows < c->flow_limit && own->flows < c->flow_quota;
 }
 
 #endif
