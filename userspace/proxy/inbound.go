@@ -178,7 +178,7 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 		return
 	}
 	defer n.Add(-1)
-	if api.AppTLS != compile.AppTLSPassthrough && c.detect(p.opt.Detect) == spokenTLS {
+	if api.AppTLS != compile.AppTLSPassthrough && c.detect(p.opt.Detect, false) == spokenTLS {
 		if !c.terminate(conn, ns) {
 			return
 		}
