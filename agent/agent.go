@@ -31,6 +31,7 @@ import (
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/policies/load"
 	"github.com/sallyport-dev/sallyport/policies/watch"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/authority"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 )
@@ -148,6 +149,12 @@ func (a *Agent) open(ctx context.Context, notices io.Writer) (closers []func(), 
 		Ceiling: a.cfg.ModeCeiling,
 	})
 	if err != nil {
+		return closers, err
+	}
+	// Before the agent makes a socket: one made earlier is nobody's to the
+	// kernel, neither a listener of ours nor a dial.
+	own := datapath.Identity{Flags: datapath.FlagAgent, Mode: flow.ModeEnforce}
+	if err := a.dp.SetIdentity(a.cgroups.agentID, own); err != nil {
 		return closers, err
 	}
 	if err := a.dp.Heartbeat(); err != nil {
