@@ -31,8 +31,8 @@ import (
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/policies/load"
 	"github.com/sallyport-dev/sallyport/policies/watch"
-	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/authority"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 )
 
