@@ -4,8 +4,12 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"io"
+	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -106,8 +110,26 @@ func (l *recordLog) publish(raw []byte) {
 }
 
 // process takes a line that the userspace process wrote: its log, which goes
-// where the agent's goes.
-func (l *recordLog) process(text string) { l.a.log.Info("userspace", "line", text) }
+// where the agent's goes. A line that is no log record is one of a panic.
+func (l *recordLog) process(text string) {
+	var fields map[string]any
+	if json.Unmarshal([]byte(text), &fields) != nil {
+		l.a.log.Error("userspace", "line", text)
+		return
+	}
+	level := slog.LevelInfo
+	message, _ := fields["msg"].(string)
+	if word, ok := fields["level"].(string); !ok || level.UnmarshalText([]byte(word)) != nil {
+		level = slog.LevelInfo
+	}
+	attrs := []slog.Attr{slog.String("process", "userspace")}
+	for _, k := range slices.Sorted(maps.Keys(fields)) {
+		if k != "time" && k != "level" && k != "msg" {
+			attrs = append(attrs, slog.Any(k, fields[k]))
+		}
+	}
+	l.a.log.LogAttrs(context.Background(), level, message, attrs...)
+}
 
 // nameOf returns NAMESPACE/NAME of a SPIFFE ID, or the ID where the plan does
 // not know it.

@@ -280,8 +280,14 @@ func (s *Supervisor) sweep() {
 	}
 }
 
+// openCgroup makes the process's cgroup anew. One that was killed once also
+// kills what is cloned into it afterwards (seen on 6.18: the child's count of
+// kills is taken from its parent's cgroup and held against the new one's).
 func openCgroup(path string) (*os.File, error) {
-	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := unix.Rmdir(path); err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("renew userspace's cgroup %s: %w", path, err)
+	}
+	if err := os.Mkdir(path, 0o755); err != nil {
 		return nil, fmt.Errorf("make userspace's cgroup: %w", err)
 	}
 	dir, err := os.Open(path)

@@ -47,7 +47,9 @@ Everything is removed again at the end, also after Ctrl-C.`,
 		},
 		&cobra.Command{
 			Use: "rogue", Hidden: true, Args: cobra.NoArgs,
-			RunE: func(c *cobra.Command, _ []string) error { return demo.Rogue{}.Run(c.Context(), os.Stdin, c.OutOrStdout()) },
+			RunE: func(c *cobra.Command, _ []string) error {
+				return demo.Rogue{}.Run(c.Context(), os.Stdin, c.OutOrStdout())
+			},
 		},
 	)
 	return c

@@ -14,6 +14,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 	"github.com/sallyport-dev/sallyport/agent/sockdiag"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
 // cases are all cases, in the order in which they run.
@@ -54,8 +55,8 @@ var cases = []scenario{
 		return d.http(ctx, d.b, "stranger", appRequest{Method: "GET", URL: "http://[fd77:3::2]:8080/v1/payments/7"})
 	}},
 	{"an identity that its node's join token does not name", "refused", "identity", unnamedIdentity},
-	{"a node that signs an ID outside its join token all the same", "refused", "identity", rogueNode},
-	{"an injection in a learned endpoint", "429 anomaly", "anomaly", injection},
+	{"a node that signs an ID outside its join token all the same", "refused", "channel", rogueNode},
+	{"an injection in a learned endpoint", "429 throttled", "anomaly", injection},
 	{"the same endpoint, called as always", "200", "policy", func(ctx context.Context, d *demo) (string, string, error) {
 		return d.http(ctx, d.b, "checkout", appRequest{Method: "GET", URL: catalogURL + "/v1/items?id=117&sort=name"})
 	}},
@@ -65,11 +66,11 @@ var cases = []scenario{
 	{"a squatter outside the subtree, while the server is down", "502/503; squatter saw 0", "upstream", outsideSquatter},
 	{"a policy that is edited while it runs", "403 no_rule, then 200", "policy", editedPolicy},
 	{"a broken policy file", "200, and status names the line", "policy", brokenPolicy},
-	{"a revocation closes a live connection", "closed; then refused", "identity", revocation},
-	{"the agent killed: the protected port refuses", "refused", "", killed},
-	{"the agent dead: a squatter on 15001 gets nothing", "refused; squatter saw 0", "", squatterOnOurs},
+	{"a revocation closes a live connection", "closed; then refused", "channel", revocation},
+	{"the agent killed: the protected port refuses", "refused", "kernel", killed},
+	{"the agent dead: a squatter on 15001 gets nothing", "refused; squatter saw 0", "kernel", squatterOnOurs},
 	{"the agent back: it takes over the pins and serves", "200", "policy", restarted},
-	{"the revocation still holds after the restart", "refused", "identity", stillRevoked},
+	{"the revocation still holds after the restart", "refused", "channel", stillRevoked},
 	{"a certificate that rotates every 2 s under traffic", "rotated, 0 lost", "policy", rotation},
 }
 
@@ -161,8 +162,18 @@ func acceptShowsClient(_ context.Context, d *demo) (string, string, error) {
 	if len(seen) != 1 {
 		return fmt.Sprintf("%d connections", len(seen)), "", nil
 	}
-	if peer := strings.Replace(seen[0].Peer, "[::ffff:", "", 1); strings.Replace(peer, "]", "", 1) != c.Local {
-		return fmt.Sprintf("%s for %s", seen[0].Peer, c.Local), "", nil
+	// The client's socket ends at our listener on loopback, so that its own
+	// view of its address is that; the port and the node are what is true.
+	local, err := netip.ParseAddrPort(c.Local)
+	if err != nil {
+		return "", "", err
+	}
+	peer, err := netip.ParseAddrPort(seen[0].Peer)
+	if err != nil {
+		return "", "", err
+	}
+	if want := netip.AddrPortFrom(netip.MustParseAddr("10.77.1.1"), local.Port()); netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port()) != want {
+		return fmt.Sprintf("%s for %s", peer, want), "", nil
 	}
 	return "same address", "", nil
 }
@@ -176,9 +187,9 @@ func peerShowsServer(_ context.Context, d *demo) (string, string, error) {
 	return c.Peer, "", nil
 }
 
-// refusedAt finds which stage refused the last call to an address.
-func (d *demo) refusedAt(ctx context.Context, n *node, offset int64, address string) (string, error) {
-	rec, err := n.decided(ctx, offset, func(r *record) bool { return r.Address.String() == address && r.Decision != "allow" })
+// refusedFor finds which stage refused for a reason.
+func (d *demo) refusedFor(ctx context.Context, n *node, offset int64, reason string) (string, error) {
+	rec, err := n.decided(ctx, offset, func(r *record) bool { return r.Reason == reason && r.Decision != "allow" })
 	if err != nil {
 		return "", err
 	}
@@ -188,8 +199,11 @@ func (d *demo) refusedAt(ctx context.Context, n *node, offset int64, address str
 func unnamedIdentity(ctx context.Context, d *demo) (string, string, error) {
 	offset := d.a.logEnd()
 	_, got := d.opaque("reports", ledgerAddr)
-	by, err := d.refusedAt(ctx, d.a, offset, ledgerAddr)
-	return got, by, err
+	rec, err := d.a.decided(ctx, offset, func(r *record) bool { return r.Address.String() == ledgerAddr && r.Decision != "allow" })
+	if err != nil {
+		return got, "", err
+	}
+	return got, rec.Stage, nil
 }
 
 // injection teaches the catalog what is normal, and then is not.
@@ -428,14 +442,14 @@ func revocation(ctx context.Context, d *demo) (string, string, error) {
 	if _, got := d.opaque("checkout", ledgerAddr); got != "refused" {
 		return "closed; then " + got, "", nil
 	}
-	by, err := d.refusedAt(ctx, d.b, offset, ledgerAddr)
+	by, err := d.refusedFor(ctx, d.b, offset, "identity_revoked")
 	return "closed; then refused", by, err
 }
 
 func stillRevoked(ctx context.Context, d *demo) (string, string, error) {
 	offset := d.b.logEnd()
 	_, got := d.opaque("checkout", ledgerAddr)
-	by, err := d.refusedAt(ctx, d.b, offset, ledgerAddr)
+	by, err := d.refusedFor(ctx, d.b, offset, "identity_revoked")
 	if err != nil {
 		return got, by, err
 	}
@@ -447,13 +461,18 @@ func stillRevoked(ctx context.Context, d *demo) (string, string, error) {
 func killed(_ context.Context, d *demo) (string, string, error) {
 	d.b.hangUp()
 	d.b.agent.kill()
+	before, err := d.b.kernelRefusals(flow.ReasonListenerGone)
+	if err != nil {
+		return "", "", err
+	}
 	for who, addr := range map[string]string{"auditor": ledgerAddr, "checkout": nodeB + ":8080", "nobody-b": nodeB + ":8080", "stranger": "10.77.3.2:8080"} {
 		if c, got := d.opaque(who, addr); got != "refused" {
 			d.hangUp(who, c)
 			return who + " got " + got, "", nil
 		}
 	}
-	return "refused", "", nil
+	by, err := d.b.decidedByKernel(before)
+	return "refused", by, err
 }
 
 func squatterOnOurs(_ context.Context, d *demo) (string, string, error) {
@@ -461,10 +480,15 @@ func squatterOnOurs(_ context.Context, d *demo) (string, string, error) {
 	if r := squatter.do(appRequest{Op: "serve", Kind: "tcp", Addr: "127.0.0.1:15001"}); r.Err != "" {
 		return "squatter: " + r.Err, "", nil
 	}
+	before, err := d.b.kernelRefusals(flow.ReasonListenerGone)
+	if err != nil {
+		return "", "", err
+	}
 	_, got := d.opaque("auditor", ledgerAddr)
 	got += "; " + seen(squatter, "127.0.0.1:15001")
 	squatter.do(appRequest{Op: "stop", Addr: "127.0.0.1:15001"})
-	return got, "", nil
+	by, err := d.b.decidedByKernel(before)
+	return got, by, err
 }
 
 func restarted(ctx context.Context, d *demo) (string, string, error) {

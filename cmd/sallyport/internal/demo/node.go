@@ -17,8 +17,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cilium/ebpf"
+
 	"github.com/sallyport-dev/sallyport/agent/control"
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
+	"github.com/sallyport-dev/sallyport/agent/events"
 	"github.com/sallyport-dev/sallyport/userspace"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
@@ -225,6 +228,40 @@ func (n *node) counter(ctx context.Context, name string) uint64 {
 		}
 	}
 	return 0
+}
+
+// kernelRefusals reads from the pins, which outlive the agent, how often the
+// kernel refused for a reason.
+func (n *node) kernelRefusals(reason flow.Reason) (uint64, error) {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(n.pinDir(), "counters"), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return 0, fmt.Errorf("read counters of node %s: %w", n.name, err)
+	}
+	defer m.Close()
+	var sum uint64
+	for code := range uint8(events.ReasonCount) {
+		if r, ok := events.ReasonOf(code); !ok || r != reason {
+			continue
+		}
+		var perCPU []uint64
+		if err := m.Lookup(uint32(code), &perCPU); err != nil {
+			return 0, fmt.Errorf("read counters of node %s: %w", n.name, err)
+		}
+		for _, c := range perCPU {
+			sum += c
+		}
+	}
+	return sum, nil
+}
+
+// decidedByKernel says whether the kernel has refused for want of a listener
+// since a count was taken.
+func (n *node) decidedByKernel(before uint64) (string, error) {
+	now, err := n.kernelRefusals(flow.ReasonListenerGone)
+	if err != nil || now == before {
+		return "", err
+	}
+	return flow.StageKernel.String(), nil
 }
 
 // sallyport runs a verb of the command line against this node's agent.
