@@ -5,7 +5,9 @@ package datapath
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/agent/events"
@@ -38,11 +40,23 @@ type Counters struct {
 }
 
 // Counters reads all counters.
-func (d *Datapath) Counters() (Counters, error) {
+func (d *Datapath) Counters() (Counters, error) { return readCounters(d.maps.Counters) }
+
+// ReadCounters reads all counters from the pins, which outlive the agent.
+func ReadCounters(pinDir string) (Counters, error) {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(pinDir, "maps", "counters"), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return Counters{}, fmt.Errorf("read counters: %w", err)
+	}
+	defer m.Close()
+	return readCounters(m)
+}
+
+func readCounters(m *ebpf.Map) (Counters, error) {
 	var n [bpf.KernelCounterCOUNTERS]uint64
 	var perCPU []uint64
 	for i := range n {
-		if err := d.maps.Counters.Lookup(uint32(i), &perCPU); err != nil {
+		if err := m.Lookup(uint32(i), &perCPU); err != nil {
 			return Counters{}, fmt.Errorf("read counters: %w", err)
 		}
 		for _, v := range perCPU {

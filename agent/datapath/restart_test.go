@@ -47,6 +47,9 @@ func TestKilledAgent(t *testing.T) {
 		t.Errorf("a squatter in the subtree: %v", err)
 	}
 	nothingAccepted(t, l, "the server")
+	if c, err := ReadCounters(n.pins); err != nil || c.Refused[flow.ReasonListenerGone] < 2 {
+		t.Errorf("counters of a dead agent: %+v, %v", c, err)
+	}
 	must(t, l.SetTimeout(5*time.Second))
 
 	n.kernel = open(t, loader.Options{PinDir: n.pins, CgroupRoot: n.root.Path})
