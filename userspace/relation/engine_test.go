@@ -171,7 +171,7 @@ func TestAnswersAreExact(t *testing.T) {
 	accounts := []string{"account:1", "account:2"}
 	pick := func(from []string) string { return from[rnd.IntN(len(from))] }
 	w, hits := world{}, 0
-	for step := range 120 {
+	for step := range 80 {
 		var tuple Tuple
 		switch rnd.IntN(4) {
 		case 0:
@@ -217,7 +217,9 @@ func TestAnswersAreExact(t *testing.T) {
 // While many ask, a tuple is written and deleted. Nobody who begins to ask
 // after Delete has returned may be allowed, nobody after Write denied.
 func TestNoStaleAnswerAfterWrite(t *testing.T) {
-	e, ctx := newEngineWith(t, plainModel), context.Background()
+	// A loaded machine may take long; an answer that is late is not stale.
+	e, ctx := openEngine(t, t.TempDir(), Options{Timeout: time.Minute}), context.Background()
+	must(t, e.SetModels(ctx, []Model{{"shop/shop", plainModel}}))
 	for name, tuple := range map[string]Tuple{
 		"direct":        tuples(t, "user:alice can_pay account:1")[0],
 		"through group": tuples(t, "user:alice member group:eng")[0],
@@ -238,9 +240,10 @@ func TestNoStaleAnswerAfterWrite(t *testing.T) {
 						answer, ok := e.Cached("", "user:alice", "can_pay", "account:1")
 						if !ok {
 							var reason flow.Reason
-							answer, reason, _ = e.Check(ctx, "", "user:alice", "can_pay", "account:1")
+							var err error
+							answer, reason, err = e.Check(ctx, "", "user:alice", "can_pay", "account:1")
 							if reason == flow.ReasonRelationUnavailable {
-								wrong.Add(1)
+								t.Error(err)
 							}
 						}
 						if before < 0 || state.Load() != before {
@@ -248,6 +251,7 @@ func TestNoStaleAnswerAfterWrite(t *testing.T) {
 						}
 						asked.Add(1)
 						if answer.Allowed != (before%2 == 1) {
+							t.Logf("after change %d (cached: %v): allowed %v", before, ok, answer.Allowed)
 							wrong.Add(1)
 						}
 					}
@@ -744,14 +748,14 @@ func TestOneQuestionForMany(t *testing.T) {
 func TestManyWideQuestionsAtOnce(t *testing.T) {
 	e, ctx := openEngine(t, t.TempDir(), Options{Timeout: time.Minute}), context.Background()
 	must(t, e.SetModels(ctx, []Model{{"shop/shop", plainModel}}))
-	for a := range 150 {
+	for a := range 60 {
 		some := []Tuple{{User: fmt.Sprintf("group:g%d#member", a), Relation: "can_pay", Object: "account:1"}}
 		for b := range 3 {
 			some = append(some, Tuple{User: fmt.Sprintf("group:g%dh%d#member", a, b), Relation: "member", Object: fmt.Sprintf("group:g%d", a)})
 		}
 		must(t, e.Write(ctx, "", some))
 	}
-	must(t, e.Write(ctx, "", tuples(t, "user:u0 member group:g149h2")))
+	must(t, e.Write(ctx, "", tuples(t, "user:u0 member group:g59h2")))
 	var wg sync.WaitGroup
 	for n := range 8 {
 		wg.Go(func() {
