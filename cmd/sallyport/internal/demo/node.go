@@ -233,7 +233,7 @@ func (n *node) counter(ctx context.Context, name string) uint64 {
 // kernelRefusals reads from the pins, which outlive the agent, how often the
 // kernel refused for a reason.
 func (n *node) kernelRefusals(reason flow.Reason) (uint64, error) {
-	m, err := ebpf.LoadPinnedMap(filepath.Join(n.pinDir(), "counters"), &ebpf.LoadPinOptions{ReadOnly: true})
+	m, err := ebpf.LoadPinnedMap(filepath.Join(n.pinDir(), "maps", "counters"), &ebpf.LoadPinOptions{ReadOnly: true})
 	if err != nil {
 		return 0, fmt.Errorf("read counters of node %s: %w", n.name, err)
 	}
