@@ -53,6 +53,9 @@ type sweep struct {
 	v       *view
 	flows   map[abi.FlowKey]*datapath.Flow
 	cgroups map[uint64]*compile.Identity
+	// listening holds the ports of the present netns at which somebody
+	// listens: what came to one was accepted and goes by no egress rule.
+	listening map[uint16]bool
 }
 
 func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace) error {
@@ -61,11 +64,20 @@ func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace) error {
 		return err
 	}
 	defer c.Close() //nolint:errcheck // nothing to be done about it
-	list, err := c.List(sockdiag.Connected...)
+	list, err := c.List(append([]sockdiag.State{sockdiag.Listen}, sockdiag.Connected...)...)
 	if err != nil {
 		return fmt.Errorf("list sockets of %s: %w", ns.Netns, err)
 	}
+	s.listening = map[uint16]bool{}
 	for i := range list {
+		if list[i].State == sockdiag.Listen {
+			s.listening[list[i].Local.Port()] = true
+		}
+	}
+	for i := range list {
+		if list[i].State == sockdiag.Listen {
+			continue
+		}
 		reason := s.judge(cookie, &list[i])
 		if reason == flow.ReasonOK {
 			continue
@@ -104,7 +116,7 @@ func (s *sweep) judge(netns uint64, sock *sockdiag.Socket) flow.Reason {
 		}
 		return flow.ReasonOK
 	}
-	if s.v.mode(id.Mode) == flow.ModeEnforce && theirs == nil && !s.permitted(id, sock.Remote) {
+	if s.v.mode(id.Mode) == flow.ModeEnforce && theirs == nil && !s.listening[sock.Local.Port()] && !s.permitted(id, sock.Remote) {
 		return flow.ReasonUntagged
 	}
 	return flow.ReasonOK
