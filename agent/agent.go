@@ -79,7 +79,8 @@ type Agent struct {
 	scope   string // cgroup subtree beneath the cgroup2 mount, "/" for all
 	cgroups ownCgroups
 
-	view atomic.Pointer[view] // what requests are held against
+	view  atomic.Pointer[view] // what requests are held against
+	again atomic.Bool          // the last reconcile did not get everything done
 
 	// mu serialises reconcile, and guards what it works on.
 	mu         sync.Mutex
@@ -102,6 +103,7 @@ func Run(ctx context.Context, o Options) error {
 		ports: sockets.Ports{Outbound: o.Config.Listen.Outbound, Inbound: o.Config.Listen.Inbound, Tunnel: o.Config.Listen.Tunnel},
 	}
 	a.records = newRecordLog(o.Decisions, a)
+	a.health.Set("userspace", metrics.Unhealthy, "the userspace process is starting", "wait; what is enforced refuses meanwhile")
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	a.current = ctx
@@ -188,7 +190,7 @@ func (a *Agent) open(ctx context.Context, notices io.Writer) (closers []func(), 
 func (a *Agent) openCA(notices io.Writer) error {
 	o := identity.CAOptions{
 		StateDir: a.cfg.StateDir, TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node, TPM: a.cfg.Identity.TPM,
-		LeafTTL: a.cfg.Identity.LeafTTL, Log: a.log,
+		RequireTPM: a.cfg.Identity.RequireTPM, LeafTTL: a.cfg.Identity.LeafTTL, Log: a.log,
 	}
 	if a.cfg.Identity.Source == "authority" {
 		client, err := authority.NewClient(a.cfg.Identity.Authority.Address, a.cfg.TrustDomain, string(a.cfg.Identity.Authority.Token))
@@ -302,6 +304,9 @@ func (a *Agent) tick(ctx context.Context) error {
 			a.health.Check("heartbeat", metrics.Unhealthy, a.dp.Heartbeat(), "see the log; without it no call goes direct")
 			a.health.Check("node-certificate", metrics.Degraded, textError(a.ca.Problem()), "is the authority reachable? see identity.authority in agent.yaml")
 			a.fetchCounters(ctx)
+			if a.again.Load() {
+				a.reconcile(func(*inputs) {})
+			}
 		case <-sweep.C:
 			a.housekeep()
 		}

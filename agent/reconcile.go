@@ -98,17 +98,22 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	v, err := a.makeView()
 	errs = append(errs, err)
 	if v == nil {
-		a.health.Check("reconcile", metrics.Unhealthy, errors.Join(errs...), "see the log")
+		a.again.Store(true)
+		a.health.Check("reconcile", metrics.Unhealthy, errors.Join(errs...), "see the log; it is tried again")
 		return
 	}
 	a.view.Store(v)
 	if a.session != nil {
 		errs = append(errs, a.session.sendView(v, a.in.files))
 	}
+	if before != a.in.plan {
+		a.followIssuers()
+	}
 	errs = append(errs, a.reserve(v), a.voidVerdicts(before), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.dropNamespaces()
 	err = errors.Join(errs...)
-	a.health.Check("reconcile", metrics.Unhealthy, err, "see the log; what is enforced refuses meanwhile")
+	a.again.Store(err != nil)
+	a.health.Check("reconcile", metrics.Unhealthy, err, "see the log; what is enforced refuses meanwhile, and it is tried again")
 	if err != nil {
 		a.log.Error("state not brought in line", "err", err)
 	}
@@ -124,12 +129,18 @@ func (a *Agent) planChanged() {
 		}
 	}
 	a.finder.SetIdentities(ids)
-	sources := make([]keys.Source, 0, len(plan.Issuers()))
-	for _, i := range plan.Issuers() {
+	a.log.Info("policies in force", "digest", plan.Digest(), "generation", a.in.generation, "identities", len(plan.Identities()), "policies", len(plan.APIs()))
+}
+
+// followIssuers has the keys of the plan's issuers fetched. Userspace knows
+// the plan by then, so that it can take them.
+func (a *Agent) followIssuers() {
+	issuers := a.in.plan.Issuers()
+	sources := make([]keys.Source, 0, len(issuers))
+	for _, i := range issuers {
 		sources = append(sources, keys.Source{Issuer: i.FullName(), URL: i.JWKSURL, File: i.JWKSFile, Document: i.JWKS})
 	}
 	a.health.Check("key-sources", metrics.Degraded, a.keys.SetSources(sources), "see the TokenIssuer documents")
-	a.log.Info("policies in force", "digest", plan.Digest(), "generation", a.in.generation, "identities", len(plan.Identities()), "policies", len(plan.APIs()))
 }
 
 // recognised returns an identity as the recogniser wants it.
@@ -305,9 +316,15 @@ func (a *Agent) voidVerdicts(before *compile.Plan) error {
 	if before == nil || before == a.in.plan {
 		return nil
 	}
+	same := map[string][32]byte{}
+	for _, api := range a.in.plan.APIs() {
+		same[api.Name] = api.Fingerprint()
+	}
 	var errs []error
 	for _, api := range before.APIs() {
-		errs = append(errs, a.dp.BumpGeneration(api.Name))
+		if now, ok := same[api.Name]; !ok || now != api.Fingerprint() {
+			errs = append(errs, a.dp.BumpGeneration(api.Name))
+		}
 	}
 	return errors.Join(errs...)
 }

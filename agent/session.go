@@ -88,9 +88,9 @@ func (a *Agent) userspaceStarted(p *supervise.Process) {
 		ns.setListening(false)
 	}
 	a.mu.Unlock()
-	a.health.Clear("userspace")
-	a.keys.Replay()
 	a.reconcile(func(*inputs) {})
+	a.keys.Replay()
+	a.health.Clear("userspace")
 }
 
 // userspaceExited takes note that a process is gone, and its listeners with

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/line"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
 	"github.com/sallyport-dev/sallyport/userspace/proxy"
@@ -85,6 +86,17 @@ func (p *process) refreshKeys(issuer string) {
 	m := &linepb.Message{Body: &linepb.Message_RefreshKeys{RefreshKeys: &linepb.RefreshKeys{Issuer: issuer}}}
 	if err := p.conn.Notify(m); err != nil {
 		p.log.Warn("keys not asked for", "issuer", issuer, "err", err)
+	}
+}
+
+// revoked tells the agent what an anomaly threshold has revoked, so that it
+// outlives this process. It does not wait.
+func (p *process) revoked(kind identity.RevocationKind, value string, until time.Time, why string) {
+	m := &linepb.Message{Body: &linepb.Message_Revoke{Revoke: &linepb.Revoke{
+		Kind: string(kind), Value: value, UntilUnixNs: until.UnixNano(), Why: why,
+	}}}
+	if err := p.conn.Notify(m); err != nil {
+		p.log.Error("revocation by score not kept", "kind", string(kind), "err", err)
 	}
 }
 

@@ -139,6 +139,7 @@ func (p *process) open(ctx context.Context) error {
 		Tokens:    p.tokens,
 		Relations: p.relations,
 		Anomalies: p.anomalies,
+		Revoked:   p.revoked,
 		Logger:    p.log,
 	})
 	p.engine, err = netloop.New(netloop.Options{

@@ -61,11 +61,13 @@ type Kernel struct {
 
 // Identity says where identities come from.
 type Identity struct {
-	Source    string // embedded | authority
-	TPM       string // auto | none | the path of a device or of swtpm's socket
-	Authority Authority
-	Bundles   []string // files with other trust domains' roots
-	LeafTTL   time.Duration
+	Source string // embedded | authority
+	TPM    string // auto | none | the path of a device or of swtpm's socket
+	// RequireTPM refuses to start with a software key.
+	RequireTPM bool
+	Authority  Authority
+	Bundles    []string // files with other trust domains' roots
+	LeafTTL    time.Duration
 }
 
 // Authority is the small fleet's CA.

@@ -33,6 +33,7 @@ kernel:
 identity:
   source: authority
   tpm: /run/swtpm.sock
+  requireTPM: true
   authority: {address: "ca.example.org:8443", token: /etc/token}
   bundles: [/etc/b.pem]
   leafTTL: 2s

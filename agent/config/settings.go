@@ -44,6 +44,7 @@ var settings = []setting{
 	{key: "kernel.interfaces", help: "interfaces to sample and guard, or auto", list: true, setList: interfaces},
 	{key: "identity.source", help: "where identities come from: embedded or authority", set: into(func(c *Config) *string { return &c.Identity.Source }, oneOf("embedded", "authority"))},
 	{key: "identity.tpm", help: "TPM that holds the node key: auto, none, or a device or socket", set: into(func(c *Config) *string { return &c.Identity.TPM }, tpm)},
+	{key: "identity.requireTPM", help: "refuse to start with a software key", bool: true, set: into(func(c *Config) *bool { return &c.Identity.RequireTPM }, boolean)},
 	{key: "identity.authority.address", help: "address of the authority, HOST:PORT", set: into(func(c *Config) *string { return &c.Identity.Authority.Address }, optional(hostPort))},
 	{key: "identity.authority.token", help: "file that holds the join token", set: into(func(c *Config) *Secret { return &c.Identity.Authority.Token }, secret)},
 	{key: "identity.bundles", help: "files with roots of other trust domains", list: true, setList: bundles},
