@@ -36,13 +36,13 @@ type feature struct {
 }
 
 var features = []feature{
-	{"connect and sendmsg hooks", "Linux 5.17, CONFIG_CGROUP_BPF", "workloads' connections cannot be verified", true,
+	{"connect and sendmsg hooks", "Linux 6.1, CONFIG_CGROUP_BPF", "workloads' connections cannot be verified", true,
 		[]string{"connect4", "connect6", "sendmsg4", "sendmsg6"}},
-	{"socket creation hook", "Linux 5.17, CONFIG_CGROUP_BPF", "sockets that no other hook sees cannot be refused", true, []string{"sock_create"}},
-	{"bind hooks", "Linux 5.7, CONFIG_CGROUP_BPF", "protected ports can be taken while their server is down", true,
+	{"socket creation hook", "Linux 6.1, CONFIG_CGROUP_BPF", "sockets that no other hook sees cannot be refused", true, []string{"sock_create"}},
+	{"bind hooks", "Linux 6.1, CONFIG_CGROUP_BPF", "protected ports can be taken while their server is down", true,
 		[]string{"bind4", "bind6", "post_bind4", "post_bind6"}},
-	{"getpeername hooks", "Linux 5.8, CONFIG_CGROUP_BPF", "servers do not see their true clients", true, []string{"getpeername4", "getpeername6"}},
-	{"socket operations hook", "Linux 5.8, CONFIG_CGROUP_BPF", "flows cannot be known", true, []string{"track", "forget"}},
+	{"getpeername hooks", "Linux 6.1, CONFIG_CGROUP_BPF", "servers do not see their true clients", true, []string{"getpeername4", "getpeername6"}},
+	{"socket operations hook", "Linux 6.1, CONFIG_CGROUP_BPF", "flows cannot be known", true, []string{"track", "forget"}},
 	{"socket look-up hook", "Linux 5.9, CONFIG_BPF_STREAM_PARSER", "protected ports cannot be guarded", true, []string{"steer"}},
 	{"tcx", "Linux 6.6, CONFIG_NET_XGRESS", "no samples, no backstop", false, []string{"tc_egress", "tc_ingress", "tc_confined", "tc_deliver"}},
 	{"cgroup_mkdir trace point", "Linux 5.5, CONFIG_DEBUG_INFO_BTF", "a workload that is started again is known only after the next scan", false,
