@@ -3,8 +3,12 @@
 package flow
 
 // Reason is the code of why a request or a connection was refused. It is
-// what a denial, the decision log, a metric's label and docs/reasons share.
+// what a denial, the decision log, a metric's label and docs/reasons.md share.
 type Reason string
+
+// ReasonsURL followed by a code is where it is explained: the type of a
+// problem document (RFC 9457, section 3.1.1).
+const ReasonsURL = "https://github.com/sallyport-dev/sallyport/blob/main/docs/reasons.md#"
 
 // ReasonOK is the reason of what was not refused.
 const ReasonOK Reason = ""

@@ -422,7 +422,7 @@ func appendDenial(b []byte, d *flow.Decision, id string, head, keep bool) []byte
 	}
 	var number [3]byte
 	n := strconv.AppendInt(number[:0], int64(status), 10)
-	parts := [...]string{`{"type":"https://sallyport.dev/reasons#`, string(d.Reason), `","title":"`, title, `","status":`, text(n),
+	parts := [...]string{`{"type":"` + flow.ReasonsURL, string(d.Reason), `","title":"`, title, `","status":`, text(n),
 		`,"detail":"`, d.Reason.Public(), `","instance":"urn:sallyport:request:`, id, `","reason":"`, string(d.Reason), `","requestID":"`, id, "\"}\n"}
 	length := 0
 	for _, p := range parts {
