@@ -3,6 +3,8 @@
 package datapath
 
 import (
+	"errors"
+	"os"
 	"testing"
 	"time"
 
@@ -81,5 +83,26 @@ func TestKilledAgent(t *testing.T) {
 	}
 	if _, _, err := l.Accept(); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestReadersEnd(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	samples, err := n.Samples()
+	must(t, err)
+	ended := make(chan error, 2)
+	go func() { _, err := n.events.Read(); ended <- err }()
+	go func() { _, err := samples.Read(); ended <- err }()
+	must(t, n.events.Close())
+	must(t, samples.Close())
+	for range 2 {
+		select {
+		case err := <-ended:
+			if !errors.Is(err, os.ErrClosed) {
+				t.Errorf("read: %v", err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatal("a reader did not end")
+		}
 	}
 }

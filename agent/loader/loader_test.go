@@ -299,3 +299,33 @@ func TestInterfaceOfAnotherNetns(t *testing.T) {
 		t.Error("an interface that is not there was attached to")
 	}
 }
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	must(t, err)
+	return len(entries)
+}
+
+// Opening, attaching, adopting and closing again leaves no descriptor.
+func TestNothingLeaks(t *testing.T) {
+	o := options(t)
+	n := testenv.NewNetns(t)
+	cycle := func() {
+		k, err := Open(o)
+		must(t, err)
+		must(t, k.AttachNetns(int(n.File.Fd()), n.Cookie))
+		must(t, k.AttachInterface(Interface{NetnsFD: int(n.File.Fd()), Index: 1, Cookie: n.Cookie}))
+		must(t, k.Adopt())
+		must(t, k.Sweep())
+		must(t, k.Close())
+	}
+	cycle()
+	before := descriptors(t)
+	for range 3 {
+		cycle()
+	}
+	if after := descriptors(t); after > before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
