@@ -58,7 +58,20 @@ func newRoot() *cobra.Command {
 		newCheck(), newStatus(), newObserve(), newExplain(),
 		newPolicy(), newIdentity(), newRelation(), newRevoke(), newVersion(),
 	)
+	nouns(root)
 	return root
+}
+
+// nouns has every command that only groups others show them, and refuse what
+// is none of them: cobra itself does so for the root alone.
+func nouns(c *cobra.Command) {
+	for _, sub := range c.Commands() {
+		nouns(sub)
+		if sub.HasSubCommands() && !sub.Runnable() {
+			sub.Args = cobra.NoArgs
+			sub.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		}
+	}
 }
 
 func newVersion() *cobra.Command {
