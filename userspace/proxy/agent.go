@@ -80,8 +80,7 @@ func (r *refusal) Error() string { return r.detail + " (" + string(r.reason) + "
 
 // reasonOf returns the reason of an error, or the one given.
 func reasonOf(err error, otherwise flow.Reason) *refusal {
-	var r *refusal
-	if errors.As(err, &r) {
+	if r, ok := errors.AsType[*refusal](err); ok {
 		return r
 	}
 	return &refusal{flow.StageUpstream, otherwise, err.Error()}

@@ -24,7 +24,6 @@ import (
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
-	"golang.org/x/net/http2"
 )
 
 // TestOpaque copies bytes both ways and keeps half-closed connections.
@@ -154,14 +153,16 @@ func TestNoFlow(t *testing.T) {
 	})
 }
 
-// tunnelClient is a client of golang.org/x/net with a leaf of that identity.
-func tunnelClient(t *testing.T, leaves *identity.Leaves, verifier *identity.Verifier, id, peer, addr string) *http2.Transport {
+// tunnelClient is Go's own client with a leaf of that identity.
+func tunnelClient(t *testing.T, leaves *identity.Leaves, verifier *identity.Verifier, id, peer, addr string) *http.Transport {
 	t.Helper()
 	config, err := identity.ClientConfig(identity.ClientOptions{Leaves: leaves, Verifier: verifier, ID: id, Peer: peer, Expect: func(id string) bool { return id == serverID }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	tr := &http2.Transport{DialTLSContext: func(ctx context.Context, _, _ string, _ *tls.Config) (net.Conn, error) {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP2(true)
+	tr := &http.Transport{Protocols: protocols, DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		c, err := (&net.Dialer{}).DialContext(ctx, "tcp4", addr)
 		if err != nil {
 			return nil, err
@@ -183,7 +184,7 @@ func TestTunnelRefusals(t *testing.T) {
 		addr := a.tunnels[serverAddr]
 		// A peer of HBONE names no server.
 		tr := tunnelClient(t, a.leaves, a.verifier, clientID, "", addr)
-		connect := func(tr *http2.Transport, authority, forwarded string) (int, string, error) {
+		connect := func(tr *http.Transport, authority, forwarded string) (int, string, error) {
 			t.Helper()
 			body, w := io.Pipe()
 			req := &http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "https", Host: authority}, Host: authority, Header: http.Header{}, Body: body, ContentLength: -1}

@@ -357,7 +357,7 @@ func (c *call) pumpBody(client netloop.Stream, upstream *netloop.Conn) error {
 			return netloop.ErrClosed
 		}
 		if n == 0 && err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
 			return err
@@ -421,6 +421,6 @@ func (c *call) broken(err error) bool {
 }
 
 func isFault(err error) bool {
-	var fault *http1.Error
-	return errors.As(err, &fault)
+	_, ok := errors.AsType[*http1.Error](err)
+	return ok
 }

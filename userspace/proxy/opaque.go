@@ -117,7 +117,7 @@ func (c *call) detect(limit time.Duration, expected bool) spoken {
 		case n > 0 || err == nil:
 		case errors.Is(err, os.ErrDeadlineExceeded) && c.w == c.r:
 			return spokenNothing
-		case errors.Is(err, os.ErrDeadlineExceeded) || err == io.EOF && c.w > c.r:
+		case errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.EOF) && c.w > c.r:
 			return spokenOther
 		default:
 			return spokenEnd

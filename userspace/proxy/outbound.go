@@ -129,9 +129,8 @@ func (c *call) unprotected() {
 func (c *call) remote() {
 	s, err := c.p.open(c)
 	if err != nil {
-		var refused *tunnel.RefusedError
 		r := reasonOf(err, flow.ReasonTunnel)
-		if errors.As(err, &refused) {
+		if refused, ok := errors.AsType[*tunnel.RefusedError](err); ok {
 			r = &refusal{flow.StageUpstream, flow.ReasonTunnelRefused,
 				"the other node refused with status " + strconv.Itoa(refused.Status) + " " + refused.Reason}
 		}

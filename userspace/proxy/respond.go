@@ -138,7 +138,7 @@ func (a *response) readHead() error {
 		case errors.Is(err, os.ErrDeadlineExceeded) && !a.lasting:
 			a.last()
 			_ = c.upstream.SetReadDeadline(time.Now().Add(c.p.opt.ResponseTimeout))
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return io.ErrUnexpectedEOF
 		default:
 			return err
@@ -195,10 +195,10 @@ func (a *response) rest(body *http1.Body) error {
 			a.r += used
 			continue
 		}
-		if err == io.EOF && body.UntilClose() {
+		if errors.Is(err, io.EOF) && body.UntilClose() {
 			return nil
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		if err != nil {
@@ -220,8 +220,7 @@ func (a *response) write(b []byte) error {
 // observes, and all that follows.
 func (a *response) passOn(err error) {
 	c := a.c
-	var fault *http1.Error
-	if errors.As(err, &fault) {
+	if fault, ok := errors.AsType[*http1.Error](err); ok {
 		c.refuse(flow.StageUpstream, flow.ReasonUpstream, "the response cannot be read: "+fault.Text)
 	}
 	c.record(0, 0)

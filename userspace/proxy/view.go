@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/bits"
 	"net/netip"
+	"slices"
 
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -141,10 +142,8 @@ var errNoServer = errors.New("no protected identity of that name serves here")
 // name. One that names none, as HBONE peers do, gets the only one there is.
 func (v *view) server(netns uint64, name string) (*compile.Identity, error) {
 	if id := v.names[name]; id != nil {
-		for _, s := range v.served[netns] {
-			if s == id {
-				return id, nil
-			}
+		if slices.Contains(v.served[netns], id) {
+			return id, nil
 		}
 		return nil, errNoServer
 	}
@@ -162,10 +161,8 @@ func (v *view) home(from uint64, a netip.Addr) (netns uint64, known bool) {
 		return from, true
 	}
 	all := v.where[a.Unmap()]
-	for _, n := range all {
-		if n == from {
-			return n, true
-		}
+	if slices.Contains(all, from) {
+		return from, true
 	}
 	switch len(all) {
 	case 0:
@@ -181,12 +178,7 @@ func (v *view) has(netns uint64, a netip.Addr) bool {
 	if a.IsLoopback() {
 		return false
 	}
-	for _, n := range v.where[a.Unmap()] {
-		if n == netns {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(v.where[a.Unmap()], netns)
 }
 
 // client returns the address that a client of this node would have shown:

@@ -255,7 +255,7 @@ func (n *node) Dial(r DialRequest, done func(int, flow.Reason, error)) {
 		}
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 		if err == nil {
-			if err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}); err == unix.EINPROGRESS {
+			if err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}); errors.Is(err, unix.EINPROGRESS) {
 				err = nil
 			}
 		}

@@ -2,7 +2,10 @@
 
 package http1
 
-import "bytes"
+import (
+	"bytes"
+	"slices"
+)
 
 var (
 	errChunkSize  = malformed("a chunk size that is not a plain hexadecimal number")
@@ -278,11 +281,8 @@ func (b *Body) trailerNameByte(c byte) error {
 	if headOnly(name) || b.request && isIdentity(name) {
 		return errTrailField
 	}
-	h := nameHash(name)
-	for _, x := range b.fields {
-		if x == h {
-			return errTrailField
-		}
+	if slices.Contains(b.fields, nameHash(name)) {
+		return errTrailField
 	}
 	return nil
 }
@@ -308,12 +308,9 @@ func hasPrefixDash(name []byte, p string) bool {
 // LooksLikeHTTP1 judges the first bytes of a connection: whether they begin
 // a request of HTTP/1, and whether more are needed to say.
 func LooksLikeHTTP1(b []byte) (yes, more bool) {
-	n := bytes.IndexByte(b, ' ')
-	head := b
-	if n >= 0 {
-		head = b[:n]
-	}
-	if len(head) > MaxMethod || n == 0 {
+	head, _, complete := bytes.Cut(b, []byte(" "))
+	n := len(head)
+	if n > MaxMethod || n == 0 && complete {
 		return false, false
 	}
 	for _, c := range head {
@@ -321,21 +318,19 @@ func LooksLikeHTTP1(b []byte) (yes, more bool) {
 			return false, false
 		}
 	}
-	if n < 0 {
+	if !complete {
 		return false, true
 	}
-	eol := bytes.IndexByte(b, '\n')
-	if eol < 0 {
-		// What follows the method must at least begin a target.
-		if len(b) == n+1 {
-			return false, true
-		}
-		if c := b[n+1]; c != '/' && c != '*' && c|0x20 != 'h' && string(head) != "CONNECT" {
-			return false, false
-		}
-		return len(b) > maxStartLine, len(b) <= maxStartLine
+	line, _, whole := bytes.Cut(b, []byte("\n"))
+	if whole {
+		return bytes.LastIndex(line, []byte(" HTTP/")) > 0, false
 	}
-	line := bytes.TrimSuffix(b[:eol], []byte("\r"))
-	i := bytes.LastIndex(line, []byte(" HTTP/"))
-	return i > 0, false
+	// What follows the method must at least begin a target.
+	if len(b) == n+1 {
+		return false, true
+	}
+	if c := b[n+1]; c != '/' && c != '*' && c|0x20 != 'h' && string(head) != "CONNECT" {
+		return false, false
+	}
+	return len(b) > maxStartLine, len(b) <= maxStartLine
 }

@@ -13,6 +13,7 @@ package http1
 import (
 	"bytes"
 	"encoding/binary"
+	"slices"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
@@ -249,7 +250,7 @@ type Framing struct {
 	underscore bool
 }
 
-func (f *Framing) reset() {
+func (f *Framing) clear() {
 	*f = Framing{Fields: f.Fields[:0], cuts: f.cuts[:0], hashes: f.hashes[:0]}
 }
 
@@ -326,7 +327,7 @@ func (f *Framing) known(name, value, raw []byte, request bool) (goesOn bool, err
 	default:
 		goesOn = true
 	}
-	return goesOn && !(request && isIdentity(name)), nil
+	return goesOn && (!request || !isIdentity(name)), nil
 }
 
 // isIdentity says whether a field of that name tells an application who
@@ -493,7 +494,7 @@ func equalDash(a, b []byte) bool {
 		return false
 	}
 	for i := range a {
-		if a[i]|0x20 != b[i]|0x20 && !(dash(a[i]) && dash(b[i])) {
+		if a[i]|0x20 != b[i]|0x20 && (!dash(a[i]) || !dash(b[i])) {
 			return false
 		}
 	}
@@ -542,8 +543,7 @@ func (f *Framing) DropConnection() {
 func (f *Framing) Compact(full []byte, at int, add []byte) (begin int) {
 	end := at + f.Len - 2
 	to, stop := end, f.Len-2
-	for i := len(f.cuts) - 1; i >= 0; i-- {
-		c := f.cuts[i]
+	for _, c := range slices.Backward(f.cuts) {
 		to -= copy(full[to-(stop-c.to):to], full[at+c.to:at+stop])
 		stop = c.from
 	}

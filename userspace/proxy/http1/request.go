@@ -52,7 +52,7 @@ type Request struct {
 
 // Parse reads a whole head, as Scan.End delimits it.
 func (r *Request) Parse(head []byte) error {
-	r.Framing.reset()
+	r.clear()
 	r.Method, r.Target, r.Path, r.Query, r.Authority, r.Host = nil, nil, nil, nil, nil, nil
 	r.Expect, r.hosts, r.upgrade = false, 0, false
 	eol := bytes.IndexByte(head, '\r')

@@ -25,7 +25,7 @@ func (r *Response) Interim() bool { return r.Status < 200 }
 
 // Parse reads a whole head, as Scan.End delimits it.
 func (r *Response) Parse(head []byte) error {
-	r.Framing.reset()
+	r.clear()
 	r.Status = 0
 	eol := bytes.IndexByte(head, '\r')
 	if eol < 0 || len(head) < eol+4 || head[eol+1] != '\n' {

@@ -3,6 +3,7 @@
 package tunnel
 
 import (
+	"errors"
 	"io"
 	"os"
 	"strconv"
@@ -30,6 +31,7 @@ const (
 	seenMethod = 1 << iota
 	seenAuthority
 	seenStatus
+	seenPath // or :scheme, which CONNECT does not have
 )
 
 // add takes one field (RFC 9113, 8.2 and 8.3).
@@ -70,8 +72,11 @@ func (f *fields) pseudo(name, value string) {
 		bit, to = seenAuthority, &f.authority
 	case ":status":
 		bit, to = seenStatus, &f.status
+	case ":path", ":scheme":
+		f.seen |= seenPath
+		return
 	default:
-		f.bad = "a pseudo-header that CONNECT does not have"
+		f.bad = "an unknown pseudo-header"
 		return
 	}
 	if f.seen&bit != 0 || !fieldValue(value) {
@@ -167,7 +172,7 @@ func (m *Session) takeRequest() error {
 	m.lastID = id
 	f := &m.fields
 	switch {
-	case f.bad != "" || f.forwards > 1 || f.seen&seenMethod == 0 || f.seen&seenStatus != 0:
+	case f.bad != "" || f.forwards > 1 || f.seen&seenMethod == 0 || f.seen&seenStatus != 0 || f.method == "CONNECT" && f.seen&seenPath != 0:
 		m.out = appendReset(m.out, id, CodeProtocol)
 	case len(m.streams) >= m.cfg.MaxStreams || m.draining && time.Since(m.drainedAt) > time.Second:
 		m.out = appendReset(m.out, id, CodeRefused)
@@ -285,7 +290,7 @@ func (m *Session) Open(t *netloop.Task, authority, forwarded string, deadline ti
 	m.wake()
 	for s.state == stateOpening {
 		if err := t.WaitUntil(&s.drained, deadline); err != nil {
-			if err == os.ErrDeadlineExceeded && s.state != stateOpening {
+			if errors.Is(err, os.ErrDeadlineExceeded) && s.state != stateOpening {
 				break
 			}
 			s.reset(CodeCancel, err)

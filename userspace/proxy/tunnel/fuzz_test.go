@@ -4,7 +4,6 @@ package tunnel
 
 import (
 	"bytes"
-	"crypto/tls"
 	"io"
 	"net"
 	"testing"
@@ -13,8 +12,6 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"golang.org/x/net/http2/hpack"
 )
-
-type tlsConfig = tls.Config
 
 // nowhere is a connection that takes everything and gives nothing.
 type nowhere struct{ net.Conn }

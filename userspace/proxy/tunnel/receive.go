@@ -4,6 +4,7 @@ package tunnel
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"time"
 )
@@ -146,7 +147,7 @@ func (m *Session) takeReset(h header, p []byte) error {
 	if s.rerr == nil {
 		s.rerr = cause
 	}
-	if s.rerr != io.EOF {
+	if !errors.Is(s.rerr, io.EOF) {
 		s.drop()
 	} else {
 		m.giveBack(s.out)

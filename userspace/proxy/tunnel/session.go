@@ -270,7 +270,7 @@ func (m *Session) quiet(err error) (done bool, _ error) {
 	case m.over:
 		return true, m.err
 	case !errors.Is(err, os.ErrDeadlineExceeded):
-		if err == io.EOF && len(m.streams) == 0 {
+		if errors.Is(err, io.EOF) && len(m.streams) == 0 {
 			return true, nil
 		}
 		return true, err
@@ -458,7 +458,7 @@ func (m *Session) writer(t *netloop.Task) {
 		if m.over || m.drainOver() {
 			return
 		}
-		if err := t.WaitTimeout(&m.work, m.tick()); err != nil && err != os.ErrDeadlineExceeded {
+		if err := t.WaitTimeout(&m.work, m.tick()); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
 		m.sweep()

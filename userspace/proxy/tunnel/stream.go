@@ -3,6 +3,7 @@
 package tunnel
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -140,7 +141,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 			s.consumed(n)
 			return n, nil
 		}
-		if err != nil && err != os.ErrDeadlineExceeded {
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return 0, err
 		}
 	}
@@ -153,14 +154,14 @@ func (s *Stream) AwaitRead() error {
 		if expired(s.rdl) {
 			return os.ErrDeadlineExceeded
 		}
-		if err := s.m.task.Current().WaitUntil(&s.readable, s.rdl); err != nil && err != os.ErrDeadlineExceeded {
+		if err := s.m.task.Current().WaitUntil(&s.readable, s.rdl); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
 	}
 	switch {
 	case s.closed:
 		return net.ErrClosed
-	case s.inOff < len(s.in) || s.rerr == io.EOF:
+	case s.inOff < len(s.in) || errors.Is(s.rerr, io.EOF):
 		return nil
 	}
 	return s.rerr
@@ -290,7 +291,7 @@ func (s *Stream) Flushed(limit int) error {
 			until = s.wdl
 		}
 		err := s.m.task.Current().WaitUntil(&s.drained, until)
-		if err != nil && err != os.ErrDeadlineExceeded {
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
 		if err != nil && !expired(s.wdl) && s.pending() > limit && expired(s.progress.Add(s.m.cfg.Stall)) {
@@ -349,7 +350,7 @@ func (s *Stream) reset(code Code, cause error) {
 	}
 	s.m.out = appendReset(s.m.out, s.id, code)
 	s.m.wake()
-	if s.rerr == nil || s.rerr == io.EOF {
+	if s.rerr == nil || errors.Is(s.rerr, io.EOF) {
 		s.rerr = cause
 	}
 	s.drop()

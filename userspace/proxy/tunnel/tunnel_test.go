@@ -125,7 +125,7 @@ func echo(task *netloop.Task, s *Stream) {
 				return
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			_ = s.CloseWrite()
 			return
 		}
@@ -222,7 +222,7 @@ func exchange(task *netloop.Task, m *Session, n int) error {
 		k, err := s.Read(buf)
 		got.Write(buf[:k])
 		total += k
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
@@ -254,7 +254,7 @@ func TestRefuse(t *testing.T) {
 			_, err = m.Open(task, "refuse.example:1", "", soon())
 			var refused *RefusedError
 			if !errors.As(err, &refused) || refused.Status != 403 || refused.Reason != "may_call" {
-				return fmt.Errorf("got %v", err)
+				return fmt.Errorf("got %w", err)
 			}
 			s, err := m.Open(task, "forwarded.example:1", `for="[2001:db8::1]:4711"`, soon())
 			if err != nil {
@@ -262,7 +262,7 @@ func TestRefuse(t *testing.T) {
 			}
 			b, err := io.ReadAll(s)
 			if err != nil || string(b) != `for="[2001:db8::1]:4711"` {
-				return fmt.Errorf("got %q %v", b, err)
+				return fmt.Errorf("got %q %w", b, err)
 			}
 			m.Drain()
 			return nil
@@ -298,7 +298,7 @@ func TestStalledReader(t *testing.T) {
 				}
 			}
 			if !errors.Is(err, ErrStalled) {
-				return fmt.Errorf("got %v", err)
+				return fmt.Errorf("got %w", err)
 			}
 			if err := exchange(task, m, 500_000); err != nil {
 				return fmt.Errorf("another stream: %w", err)
@@ -325,10 +325,10 @@ func TestDeadline(t *testing.T) {
 			}
 			_ = s.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
 			if _, err := s.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
-				return fmt.Errorf("got %v", err)
+				return fmt.Errorf("got %w", err)
 			}
 			if err := s.AwaitRead(); !errors.Is(err, os.ErrDeadlineExceeded) {
-				return fmt.Errorf("got %v", err)
+				return fmt.Errorf("got %w", err)
 			}
 			_ = s.SetDeadline(time.Time{})
 			if _, err := s.Write([]byte("x")); err != nil {
@@ -339,11 +339,11 @@ func TestDeadline(t *testing.T) {
 			}
 			b := make([]byte, 2)
 			if n, err := s.Read(b); n != 1 || err != nil {
-				return fmt.Errorf("got %d %v", n, err)
+				return fmt.Errorf("got %d %w", n, err)
 			}
 			m.Kill(errors.New("over"))
 			if _, err := s.Read(b); err == nil || err.Error() != "over" {
-				return fmt.Errorf("after the end: %v", err)
+				return fmt.Errorf("after the end: %w", err)
 			}
 			return nil
 		})
@@ -370,7 +370,7 @@ func TestDrain(t *testing.T) {
 				}
 			}
 			if _, err := m.Open(task, "a.example:1", "", soon()); !errors.Is(err, ErrDraining) {
-				return fmt.Errorf("open while draining: %v", err)
+				return fmt.Errorf("open while draining: %w", err)
 			}
 			if !s.Draining() {
 				return errors.New("the stream does not know")
@@ -380,7 +380,7 @@ func TestDrain(t *testing.T) {
 			}
 			_ = s.CloseWrite()
 			if b, err := io.ReadAll(s); err != nil || string(b) != "still" {
-				return fmt.Errorf("got %q %v", b, err)
+				return fmt.Errorf("got %q %w", b, err)
 			}
 			_ = s.Close()
 			for !m.Over() {
@@ -425,15 +425,12 @@ func TestReset(t *testing.T) {
 	})
 }
 
-// TestGoServer has our client speak to golang.org/x/net's server.
+// TestGoServer has our client speak to Go's server, which is golang.org/x/net's.
 func TestGoServer(t *testing.T) {
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var wg sync.WaitGroup
-	t.Cleanup(wg.Wait)
-	t.Cleanup(func() { ln.Close() })
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != "CONNECT" || r.Host == "refuse.example:1" {
 			http.Error(w, "no", http.StatusForbidden)
@@ -455,18 +452,9 @@ func TestGoServer(t *testing.T) {
 			}
 		}
 	})
-	wg.Go(func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			wg.Go(func() {
-				defer c.Close()
-				(&http2.Server{}).ServeConn(c, &http2.ServeConnOpts{Handler: handler})
-			})
-		}
-	})
+	server := &http.Server{Handler: handler, Protocols: onlyHTTP2()}
+	go server.Serve(ln)
+	t.Cleanup(func() { server.Close() })
 	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
 		onLoop(t, e, func(task *netloop.Task) error {
 			m, err := dial(t, task, ln.Addr().String(), Config{})
@@ -478,7 +466,7 @@ func TestGoServer(t *testing.T) {
 			}
 			var refused *RefusedError
 			if _, err := m.Open(task, "refuse.example:1", "", soon()); !errors.As(err, &refused) || refused.Status != 403 {
-				return fmt.Errorf("refused: %v", err)
+				return fmt.Errorf("refused: %w", err)
 			}
 			err = exchange(task, m, 10)
 			m.Drain()
@@ -487,12 +475,11 @@ func TestGoServer(t *testing.T) {
 	})
 }
 
-// TestGoClient has golang.org/x/net's client speak to our server.
+// TestGoClient has Go's client, which is golang.org/x/net's speak to our server.
 func TestGoClient(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
 		addr := serveEcho(t, e, Config{})
-		tr := &http2.Transport{AllowHTTP: true}
-		tr.DialTLSContext = dialPlain(addr)
+		tr := &http.Transport{Protocols: onlyHTTP2(), DialContext: dialPlain(addr)}
 		defer tr.CloseIdleConnections()
 		var wg sync.WaitGroup
 		for i := range 10 {
@@ -512,14 +499,17 @@ func TestGoClient(t *testing.T) {
 			t.Errorf("status %d, reason %q", resp.StatusCode, resp.Header.Get(reasonField))
 		}
 		resp, err = tr.RoundTrip(&http.Request{Method: "GET", URL: &url.URL{Scheme: "http", Host: "a.example", Path: "/"}, Header: http.Header{}})
-		if err == nil {
-			resp.Body.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 405 {
 			t.Errorf("GET was answered with %d", resp.StatusCode)
 		}
 	})
 }
 
-func goExchange(tr *http2.Transport, n int) error {
+func goExchange(tr *http.Transport, n int) error {
 	pr, pw := io.Pipe()
 	req := &http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "http", Host: "app.example:80"}, Host: "app.example:80", Header: http.Header{}, Body: pr, ContentLength: -1}
 	resp, err := tr.RoundTrip(req)
@@ -707,8 +697,15 @@ func TestStreamFaults(t *testing.T) {
 	}
 }
 
-func dialPlain(addr string) func(ctx context.Context, network, a string, _ *tlsConfig) (net.Conn, error) {
-	return func(ctx context.Context, network, _ string, _ *tlsConfig) (net.Conn, error) {
+func dialPlain(addr string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "tcp4", addr)
 	}
+}
+
+// onlyHTTP2 is HTTP/2 without TLS.
+func onlyHTTP2() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetUnencryptedHTTP2(true)
+	return p
 }
