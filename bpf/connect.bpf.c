@@ -77,8 +77,8 @@ struct attempt {
  * the caller may be in another. Where they differ neither's rights are lent
  * to the other.
  */
-static __always_inline enum outcome identify(struct attempt *a, const struct control_value *c, struct bpf_sock_addr *ctx,
-					     struct socket_tag *tag)
+static __always_inline enum outcome identify(struct attempt *a, const struct control_value *c,
+					     struct bpf_sock_addr *ctx, struct socket_tag *tag)
 {
 	struct who me = {}, maker = {};
 	bool foreign;
@@ -266,6 +266,7 @@ static __always_inline int connect_v4(struct bpf_sock_addr *ctx, __u8 hook)
 	case REWRITE:
 		ctx->user_ip4 = htonl(0x7f000001);
 		ctx->user_port = htons(c->port_outbound);
+		break;
 	case LEAVE:
 		break;
 	}
@@ -295,6 +296,7 @@ static __always_inline int connect_v6(struct bpf_sock_addr *ctx, __u8 hook)
 		ctx->user_ip6[2] = a.family == 4 ? MAPPED : 0;
 		ctx->user_ip6[3] = a.family == 4 ? htonl(0x7f000001) : htonl(1);
 		ctx->user_port = htons(c->port_outbound);
+		break;
 	case LEAVE:
 		break;
 	}

@@ -113,9 +113,9 @@ static __always_inline int to_own(struct bpf_sk_lookup *ctx, const struct contro
 	if (key->dport == c->port_outbound) {
 		v = bpf_map_lookup_elem(&flow, key);
 		if (v && v->kind == FLOW_OUT)
-			return give_own(ctx, OWN_OUTBOUND4) ?
-				       SK_PASS :
-				       drop(key, v->identity, v->target, REASON_LISTENER_GONE, MODE_ENFORCE);
+			return give_own(ctx, OWN_OUTBOUND4)
+				       ? SK_PASS
+				       : drop(key, v->identity, v->target, REASON_LISTENER_GONE, MODE_ENFORCE);
 	}
 	return drop(key, 0, 0, REASON_OWN_PORT, MODE_ENFORCE);
 }

@@ -46,8 +46,8 @@ static __always_inline void sender(struct who *w, struct __sk_buff *skb, const s
  * What connect never saw has no flow entry: a hook that is detached, a
  * packet socket, a ring that was inherited. True: drop it.
  */
-static __always_inline bool untagged(struct __sk_buff *skb, const struct control_value *c, struct packet *p, bool readable,
-				     bool confined)
+static __always_inline bool untagged(struct __sk_buff *skb, const struct control_value *c, struct packet *p,
+				     bool readable, bool confined)
 {
 	struct event e = {};
 	struct who me = {};

@@ -212,12 +212,14 @@ static long http_byte(__u32 i, struct http *h)
 		}
 		break;
 	case HTTP_NAME:
-		if (h->matched == 0 && (b == '\r' || b == '\n'))
+		if (h->matched == 0 && (b == '\r' || b == '\n')) {
 			h->state = HTTP_END;
-		else if (!host_name_char(h->matched, b))
-			h->state = b == '\n' ? HTTP_NAME : HTTP_LINE, h->matched = 0;
-		else if (++h->matched == 5)
+		} else if (!host_name_char(h->matched, b)) {
+			h->state = b == '\n' ? HTTP_NAME : HTTP_LINE;
+			h->matched = 0;
+		} else if (++h->matched == 5) {
 			h->state = HTTP_HOST;
+		}
 		break;
 	case HTTP_HOST:
 		http_host(h, s, b);
