@@ -4,10 +4,13 @@ package datapath
 
 import (
 	"net/netip"
+	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/agent/testenv"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/flow/abi"
 )
@@ -157,5 +160,60 @@ func TestOtherWaysToConnect(t *testing.T) {
 	nothingAccepted(t, server, "the server")
 	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
 		t.Errorf("%d and %d flows are counted (%v)", own, total, err)
+	}
+}
+
+// Many at once, some cut off by the agent's restart of their verdicts: no
+// entry and no count is left behind.
+func TestNoEntryIsLeftBehind(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	outbound, _ := n.listenAll(t)
+	server, err := n.server.Listen(address4)
+	must(t, err)
+	for _, l := range []*testenv.Sock{outbound[4], server} {
+		go func() {
+			for {
+				s, _, err := l.Accept()
+				if err != nil {
+					return // closed with the actor
+				}
+				_ = s.Close()
+			}
+		}()
+	}
+	n.direct(t, address4, time.Hour)
+	var wg sync.WaitGroup
+	for worker := range 8 {
+		wg.Go(func() {
+			for i := range 50 {
+				if worker == 0 && i%10 == 5 {
+					if err := n.BumpGeneration("policy"); err != nil {
+						t.Error(err)
+					}
+				}
+				c, err := n.client.Dial(address4)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_, _ = c.Recv(1) // the other end closes
+				if err := c.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	flows, err := n.Flows()
+	if err != nil || len(flows) != 0 {
+		t.Errorf("%d entries are left (%v)", len(flows), err)
+	}
+	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
+		t.Errorf("%d and %d flows are counted (%v)", own, total, err)
+	}
+	c, err := n.Counters()
+	must(t, err)
+	if c.Direct == 0 || c.Proxied == 0 || c.Direct+c.Proxied != 400 {
+		t.Errorf("%d direct and %d proxied of 400", c.Direct, c.Proxied)
 	}
 }
