@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -109,8 +110,8 @@ func Run(ctx context.Context, o Options) error {
 	a.current = ctx
 	closers, err := a.open(ctx, o.Notices)
 	defer func() {
-		for i := len(closers) - 1; i >= 0; i-- {
-			closers[i]()
+		for _, c := range slices.Backward(closers) {
+			c()
 		}
 	}()
 	if err != nil {
@@ -200,6 +201,9 @@ func (a *Agent) openCA(notices io.Writer) error {
 		o.Enroller = client
 	}
 	var err error
+	if a.bundles, err = readBundles(a.cfg.Identity.Bundles, a.cfg.TrustDomain); err != nil {
+		return err
+	}
 	if a.ca, err = identity.OpenCA(o); err != nil {
 		return err
 	}
@@ -208,6 +212,38 @@ func (a *Agent) openCA(notices io.Writer) error {
 		a.log.Warn("the node key is in software", "anchor", a.ca.Anchor().String())
 	}
 	return nil
+}
+
+// readBundles reads the roots of other trust domains: PEM files of CA
+// certificates, each with the URI spiffe://TRUSTDOMAIN that its domain is
+// named by (X509-SVID, section 3.2).
+func readBundles(files []string, own string) ([]identity.TrustDomain, error) {
+	var list []identity.TrustDomain
+	for _, f := range files {
+		certs, err := identity.ReadCertificates(f)
+		if err != nil {
+			return nil, err
+		}
+		for _, c := range certs {
+			if len(c.URIs) != 1 || c.URIs[0].Scheme != "spiffe" || c.URIs[0].Path != "" {
+				return nil, fmt.Errorf("read bundle %s: root %q names no trust domain by a URI spiffe://DOMAIN", f, c.Subject)
+			}
+			name := c.URIs[0].Host
+			if name == own {
+				return nil, fmt.Errorf("read bundle %s: %s is this node's own trust domain, whose roots come with its identity", f, own)
+			}
+			i := slices.IndexFunc(list, func(d identity.TrustDomain) bool { return d.Name == name })
+			if i < 0 {
+				i, list = len(list), append(list, identity.TrustDomain{Name: name})
+			}
+			list[i].Roots = append(list[i].Roots, c.Raw)
+		}
+	}
+	// What userspace would refuse is refused before anything is attached.
+	if _, err := identity.NewBundle(list); err != nil {
+		return nil, fmt.Errorf("read bundles: %w", err)
+	}
+	return list, nil
 }
 
 func (a *Agent) openSupervisor() error {

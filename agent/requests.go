@@ -96,8 +96,8 @@ func (s *session) handle(_ context.Context, in *line.Incoming) {
 }
 
 func (s *session) refused(kind metrics.LineRequest, err error) {
-	var r *refusal
-	if !errors.As(err, &r) {
+	r, ok := errors.AsType[*refusal](err)
+	if !ok {
 		s.a.log.Warn("request of userspace failed", "request", kind.String(), "err", err)
 		return
 	}
@@ -118,8 +118,7 @@ func (s *session) dial(in *line.Incoming, q *linepb.Dial) {
 		return
 	}
 	reply.Error, reply.Reason = err.Error(), string(flow.ReasonUpstream)
-	var r *refusal
-	if errors.As(err, &r) {
+	if r, ok := errors.AsType[*refusal](err); ok {
 		reply.Reason = string(r.reason)
 		if r.reason == flow.ReasonLineRefused {
 			s.refused(metrics.LineDial, err)
