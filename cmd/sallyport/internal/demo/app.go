@@ -17,6 +17,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/sallyport-dev/sallyport/cmd/sallyport/internal/lab"
 )
 
 // appTimeout bounds everything that an application of the demo waits for.
@@ -355,3 +357,48 @@ func (l seenListener) Accept() (net.Conn, error) {
 
 // AppMain is App on the process's own standard input and output.
 func AppMain() error { return App(os.Stdin, os.Stdout) }
+
+// application is an App in a process of its own.
+type application struct {
+	*lab.Process
+	name string
+	enc  *json.Encoder
+	dec  *json.Decoder
+}
+
+func startApp(l *lab.Lab, space, cgroup, name string) (*application, error) {
+	p, err := l.Start(space, cgroup, name, nil, "/proc/self/exe", "demo", "application")
+	if err != nil {
+		return nil, err
+	}
+	return &application{Process: p, name: name, enc: json.NewEncoder(p.In), dec: json.NewDecoder(p.Out)}, nil
+}
+
+// do gives an order and waits for its reply. An application that has ended
+// answers with an error.
+func (a *application) do(q appRequest) appReply {
+	if err := a.enc.Encode(q); err != nil {
+		return appReply{Err: fmt.Sprintf("order to %s: %v", a.name, err)}
+	}
+	type answer struct {
+		r   appReply
+		err error
+	}
+	c := make(chan answer, 1)
+	go func() {
+		var r appReply
+		err := a.dec.Decode(&r)
+		c <- answer{r, err}
+	}()
+	t := time.NewTimer(4 * appTimeout)
+	defer t.Stop()
+	select {
+	case x := <-c:
+		if x.err != nil {
+			return appReply{Err: fmt.Sprintf("reply of %s: %v: %s", a.name, x.err, a.LastLines(3))}
+		}
+		return x.r
+	case <-t.C:
+		return appReply{Err: errors.New("no reply of " + a.name).Error()}
+	}
+}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 	"github.com/sallyport-dev/sallyport/agent/sockdiag"
+	"github.com/sallyport-dev/sallyport/cmd/sallyport/internal/lab"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
@@ -83,15 +84,15 @@ type problem struct {
 // http has an application make a call, and finds in the decision log of the
 // node that decides where it was decided: by the request id of a refusal, else
 // by the client's address, which the server saw.
-func (d *demo) http(ctx context.Context, decides *node, app string, q appRequest) (got, by string, err error) {
+func (d *demo) http(ctx context.Context, decides *lab.Node, app string, q appRequest) (got, by string, err error) {
 	q.Op = "http"
-	offset := decides.logEnd()
+	offset := decides.LogEnd()
 	r := d.apps[app].do(q)
 	if r.Err != "" {
 		return r.Err, "", nil
 	}
 	got = fmt.Sprint(r.Status)
-	fits := func(*record) bool { return false }
+	fits := func(*lab.Record) bool { return false }
 	if r.Status == 200 {
 		var e echoReply
 		if err := json.Unmarshal([]byte(r.Body), &e); err != nil {
@@ -102,16 +103,16 @@ func (d *demo) http(ctx context.Context, decides *node, app string, q appRequest
 			return got, "", fmt.Errorf("read the server's answer: %w", err)
 		}
 		client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
-		fits = func(rec *record) bool { return rec.Client == client }
+		fits = func(rec *lab.Record) bool { return rec.Client == client }
 	} else {
 		var p problem
 		if err := json.Unmarshal([]byte(r.Body), &p); err != nil {
 			return got + " " + strings.TrimSpace(r.Body), "", nil
 		}
 		got += " " + p.Reason
-		fits = func(rec *record) bool { return rec.RequestID == p.RequestID }
+		fits = func(rec *lab.Record) bool { return rec.RequestID == p.RequestID }
 	}
-	rec, err := decides.decided(ctx, offset, fits)
+	rec, err := decides.Decided(ctx, offset, fits)
 	if err != nil {
 		return got, "", err
 	}
@@ -122,11 +123,11 @@ func (d *demo) http(ctx context.Context, decides *node, app string, q appRequest
 // token is bound to, "" for the caller's own certificate.
 func (d *demo) pay(ctx context.Context, subject string, life time.Duration, thumbprint string) (got, by string, err error) {
 	if thumbprint == "" {
-		if thumbprint, err = d.a.thumbprint(ctx, "checkout"); err != nil {
+		if thumbprint, err = d.a.Thumbprint(ctx, "checkout"); err != nil {
 			return "", "", err
 		}
 	}
-	token, err := d.issuer.token(subject, thumbprint, life)
+	token, err := d.issuer.Token(subject, thumbprint, life)
 	if err != nil {
 		return "", "", err
 	}
@@ -188,8 +189,8 @@ func peerShowsServer(_ context.Context, d *demo) (string, string, error) {
 }
 
 // refusedFor finds which stage refused for a reason.
-func (d *demo) refusedFor(ctx context.Context, n *node, offset int64, reason string) (string, error) {
-	rec, err := n.decided(ctx, offset, func(r *record) bool { return r.Reason == reason && r.Decision != "allow" })
+func (d *demo) refusedFor(ctx context.Context, n *lab.Node, offset int64, reason string) (string, error) {
+	rec, err := n.Decided(ctx, offset, func(r *lab.Record) bool { return r.Reason == reason && r.Decision != "allow" })
 	if err != nil {
 		return "", err
 	}
@@ -197,9 +198,9 @@ func (d *demo) refusedFor(ctx context.Context, n *node, offset int64, reason str
 }
 
 func unnamedIdentity(ctx context.Context, d *demo) (string, string, error) {
-	offset := d.a.logEnd()
+	offset := d.a.LogEnd()
 	_, got := d.opaque("reports", ledgerAddr)
-	rec, err := d.a.decided(ctx, offset, func(r *record) bool { return r.Address.String() == ledgerAddr && r.Decision != "allow" })
+	rec, err := d.a.Decided(ctx, offset, func(r *lab.Record) bool { return r.Address.String() == ledgerAddr && r.Decision != "allow" })
 	if err != nil {
 		return got, "", err
 	}
@@ -225,10 +226,10 @@ func direct(ctx context.Context, d *demo) (string, string, error) {
 	if got != "hello" {
 		return got, "", nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	ctx, cancel := context.WithTimeout(ctx, lab.SettleTimeout)
 	defer cancel()
 	for {
-		before := d.b.counter(ctx, "direct")
+		before := d.b.Counter(ctx, "direct")
 		c, got := d.opaque("auditor", ledgerAddr)
 		if got != "hello" {
 			return got, "", nil
@@ -239,7 +240,7 @@ func direct(ctx context.Context, d *demo) (string, string, error) {
 			return "", "", err
 		}
 		if found == "direct: nothing on 15001" {
-			if d.b.counter(ctx, "direct") == before {
+			if d.b.Counter(ctx, "direct") == before {
 				return found + ", but the kernel counted none", "", nil
 			}
 			return found, "kernel", nil
@@ -247,7 +248,7 @@ func direct(ctx context.Context, d *demo) (string, string, error) {
 		select {
 		case <-ctx.Done():
 			return found, "", nil
-		case <-time.After(pollInterval):
+		case <-time.After(lab.PollInterval):
 		}
 	}
 }
@@ -260,7 +261,7 @@ func (d *demo) socketsOf(local string) (string, error) {
 		return "", err
 	}
 	server := netip.MustParseAddrPort(ledgerAddr)
-	c, err := sockdiag.Open(int(d.lab.spaces["b"]))
+	c, err := sockdiag.Open(d.lab.Space("b"))
 	if err != nil {
 		return "", err
 	}
@@ -290,14 +291,14 @@ func seen(a *application, addr string) string {
 }
 
 func earlySquatter(ctx context.Context, d *demo) (string, string, error) {
-	before := d.b.counter(ctx, "refused/server_gone") + d.b.counter(ctx, "served")
+	before := d.b.Counter(ctx, "refused/server_gone") + d.b.Counter(ctx, "served")
 	_, got := d.opaque("checkout", vaultAddr)
 	_, local := d.opaque("nobody-b", vaultAddr)
 	if local != "refused" {
 		got += ", same node " + local
 	}
 	by := ""
-	if d.b.counter(ctx, "steered") > 0 && d.b.counter(ctx, "refused/server_gone")+d.b.counter(ctx, "served") == before {
+	if d.b.Counter(ctx, "steered") > 0 && d.b.Counter(ctx, "refused/server_gone")+d.b.Counter(ctx, "served") == before {
 		by = "kernel" // every SYN went to the proxy, none to a listener on the port
 	}
 	return got + "; " + seen(d.apps["early-squatter"], "0.0.0.0:7070"), by, nil
@@ -315,13 +316,13 @@ func (d *demo) withoutPayments(f func() (string, string, error)) (string, string
 
 func insideSquatter(ctx context.Context, d *demo) (string, string, error) {
 	return d.withoutPayments(func() (string, string, error) {
-		offset := d.b.logEnd()
+		offset := d.b.LogEnd()
 		r := d.apps["nobody-b"].do(appRequest{Op: "serve", Kind: "tcp", Addr: ":8080"})
 		if r.Err == "" {
 			d.apps["nobody-b"].do(appRequest{Op: "stop", Addr: ":8080"})
 			return "bound", "", nil
 		}
-		rec, err := d.b.decided(ctx, offset, func(r *record) bool { return r.Reason == "bind_guard" })
+		rec, err := d.b.Decided(ctx, offset, func(r *lab.Record) bool { return r.Reason == "bind_guard" })
 		if err != nil {
 			return r.Err, "", err
 		}
@@ -356,7 +357,7 @@ func outsideSquatter(ctx context.Context, d *demo) (string, string, error) {
 // editPolicies changes a policy file of node b the way an editor does, by
 // rename, and waits until the node has taken note.
 func (d *demo) editPolicies(ctx context.Context, from, to string, noted func(*controlpb.StatusReply) bool) error {
-	path := d.b.path("policies/apis.yaml")
+	path := d.b.Path("policies/apis.yaml")
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -370,12 +371,12 @@ func (d *demo) editPolicies(ctx context.Context, from, to string, noted func(*co
 	if err := os.Rename(path+".new", path); err != nil {
 		return err
 	}
-	return d.b.await(ctx, settleTimeout, "take note of the policies", noted)
+	return d.b.Await(ctx, lab.SettleTimeout, "take note of the policies", noted)
 }
 
 // generation waits for another policy generation than now.
 func (d *demo) nextGeneration(ctx context.Context) (func(*controlpb.StatusReply) bool, error) {
-	s, err := d.b.status(ctx)
+	s, err := d.b.Status(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -410,7 +411,7 @@ func brokenPolicy(ctx context.Context, d *demo) (string, string, error) {
 		return "", "", err
 	}
 	got, by, err := d.http(ctx, d.b, "auditor", appRequest{Method: "GET", URL: paymentsURL + "/v1/payments/7"})
-	s, statusErr := d.b.status(ctx)
+	s, statusErr := d.b.Status(ctx)
 	if statusErr != nil {
 		return got, by, statusErr
 	}
@@ -429,7 +430,7 @@ func revocation(ctx context.Context, d *demo) (string, string, error) {
 	if got != "hello" {
 		return "not live: " + got, "", nil
 	}
-	if _, err := d.b.sallyport(ctx, "revoke", "identity", d.a.id("checkout"), "--why", "demo"); err != nil {
+	if _, err := d.b.Sallyport(ctx, "revoke", "identity", d.a.ID("checkout"), "--why", "demo"); err != nil {
 		return "", "", err
 	}
 	// The end of a closed connection is an event for who reads it.
@@ -438,7 +439,7 @@ func revocation(ctx context.Context, d *demo) (string, string, error) {
 	if r.Err == "" || r.Err == "timeout" {
 		return "still live", "", nil
 	}
-	offset := d.b.logEnd()
+	offset := d.b.LogEnd()
 	if _, got := d.opaque("checkout", ledgerAddr); got != "refused" {
 		return "closed; then " + got, "", nil
 	}
@@ -447,21 +448,21 @@ func revocation(ctx context.Context, d *demo) (string, string, error) {
 }
 
 func stillRevoked(ctx context.Context, d *demo) (string, string, error) {
-	offset := d.b.logEnd()
+	offset := d.b.LogEnd()
 	_, got := d.opaque("checkout", ledgerAddr)
 	by, err := d.refusedFor(ctx, d.b, offset, "identity_revoked")
 	if err != nil {
 		return got, by, err
 	}
-	_, err = d.b.sallyport(ctx, "revoke", "lift", "identity", d.a.id("checkout"))
+	_, err = d.b.Sallyport(ctx, "revoke", "lift", "identity", d.a.ID("checkout"))
 	return got, by, err
 }
 
 // killed ends node b's agent, it alone, with SIGKILL.
 func killed(_ context.Context, d *demo) (string, string, error) {
-	d.b.hangUp()
-	d.b.agent.kill()
-	before, err := d.b.kernelRefusals(flow.ReasonListenerGone)
+	d.b.HangUp()
+	d.b.Agent.Kill()
+	before, err := d.b.KernelRefusals(flow.ReasonListenerGone)
 	if err != nil {
 		return "", "", err
 	}
@@ -471,7 +472,7 @@ func killed(_ context.Context, d *demo) (string, string, error) {
 			return who + " got " + got, "", nil
 		}
 	}
-	by, err := d.b.decidedByKernel(before)
+	by, err := d.b.DecidedByKernel(before)
 	return "refused", by, err
 }
 
@@ -480,23 +481,23 @@ func squatterOnOurs(_ context.Context, d *demo) (string, string, error) {
 	if r := squatter.do(appRequest{Op: "serve", Kind: "tcp", Addr: "127.0.0.1:15001"}); r.Err != "" {
 		return "squatter: " + r.Err, "", nil
 	}
-	before, err := d.b.kernelRefusals(flow.ReasonListenerGone)
+	before, err := d.b.KernelRefusals(flow.ReasonListenerGone)
 	if err != nil {
 		return "", "", err
 	}
 	_, got := d.opaque("auditor", ledgerAddr)
 	got += "; " + seen(squatter, "127.0.0.1:15001")
 	squatter.do(appRequest{Op: "stop", Addr: "127.0.0.1:15001"})
-	by, err := d.b.decidedByKernel(before)
+	by, err := d.b.DecidedByKernel(before)
 	return got, by, err
 }
 
 func restarted(ctx context.Context, d *demo) (string, string, error) {
-	if err := d.b.start(ctx); err != nil {
+	if err := d.b.Start(ctx); err != nil {
 		return "", "", err
 	}
 	for _, id := range []string{"payments", "auditor"} {
-		if _, err := d.b.thumbprint(ctx, id); err != nil {
+		if _, err := d.b.Thumbprint(ctx, id); err != nil {
 			return "", "", err
 		}
 	}
@@ -506,17 +507,17 @@ func restarted(ctx context.Context, d *demo) (string, string, error) {
 // rotation restarts node a with certificates of 2 s and calls through two
 // rotations.
 func rotation(ctx context.Context, d *demo) (string, string, error) {
-	d.a.stop()
-	d.a.leafTTL = 2 * time.Second
-	if err := d.a.start(ctx); err != nil {
+	d.a.Stop()
+	d.a.LeafTTL = 2 * time.Second
+	if err := d.a.Start(ctx); err != nil {
 		return "", "", err
 	}
-	first, err := d.a.thumbprint(ctx, "checkout")
+	first, err := d.a.Thumbprint(ctx, "checkout")
 	if err != nil {
 		return "", "", err
 	}
 	lost, by, last := 0, "", first
-	deadline := time.Now().Add(settleTimeout)
+	deadline := time.Now().Add(lab.SettleTimeout)
 	for rotations := 0; rotations < 3; {
 		got, stage, err := d.http(ctx, d.b, "checkout", appRequest{Method: "GET", URL: paymentsURL + "/v1/payments/7"})
 		if err != nil || got != "200" {
@@ -525,11 +526,11 @@ func rotation(ctx context.Context, d *demo) (string, string, error) {
 		} else if lost == 0 {
 			by = stage
 		}
-		s, err := d.a.status(ctx)
+		s, err := d.a.Status(ctx)
 		if err != nil {
 			return "", "", err
 		}
-		if now := leafOf(s, d.a.id("checkout")).Thumbprint; now != "" && now != last {
+		if now := lab.LeafOf(s, d.a.ID("checkout")).Thumbprint; now != "" && now != last {
 			rotations, last = rotations+1, now
 		}
 		if time.Now().After(deadline) {

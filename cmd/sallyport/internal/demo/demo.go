@@ -7,16 +7,19 @@ package demo
 
 import (
 	"context"
+	"embed"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/cmd/sallyport/internal/lab"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
@@ -42,11 +45,11 @@ type Options struct {
 // demo is one run.
 type demo struct {
 	o         Options
-	lab       *lab
-	issuer    *issuer
-	a, b      *node
+	lab       *lab.Lab
+	issuer    *lab.Issuer
+	a, b      *lab.Node
 	apps      map[string]*application
-	processes []*process
+	processes []*lab.Process
 	passed    int
 	failed    int
 }
@@ -141,17 +144,38 @@ func (d *demo) say(format string, args ...any) {
 	}
 }
 
+//go:embed policies/*.yaml
+var policyFiles embed.FS
+
+// openLab makes the namespaces a, b and x (a stranger) and the links a-b and
+// x-b between them, over IPv4 and IPv6.
+func openLab() (*lab.Lab, error) {
+	l, err := lab.New("sallyport-demo", "/proc/self/exe")
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range []string{"a", "b", "x"} {
+		if err := l.AddSpace(s); err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+	}
+	if err := errors.Join(l.Link("a", "b", 1), l.Link("x", "b", 3)); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
 // open brings both nodes up with their applications.
 func (d *demo) open(ctx context.Context) error {
 	var err error
-	if d.lab, err = newLab(); err != nil {
+	if d.lab, err = openLab(); err != nil {
 		return err
 	}
-	if d.issuer, err = newIssuer(); err != nil {
+	if d.issuer, err = lab.NewIssuer(); err != nil {
 		return err
 	}
-	jwks := filepath.Join(d.lab.dir, "jwks.json")
-	if err := d.issuer.publish(jwks); err != nil {
+	jwks := filepath.Join(d.lab.Dir, "jwks.json")
+	if err := d.issuer.Publish(jwks); err != nil {
 		return err
 	}
 	if err := d.openAuthority(ctx, jwks); err != nil {
@@ -167,12 +191,12 @@ func (d *demo) open(ctx context.Context) error {
 	if r := d.apps["early-squatter"].do(appRequest{Op: "serve", Kind: "tcp", Addr: "0.0.0.0:7070"}); r.Err != "" {
 		return fmt.Errorf("squat on the vault's port: %s", r.Err)
 	}
-	for _, n := range []*node{d.b, d.a} {
-		if err := n.start(ctx); err != nil {
+	for _, n := range []*lab.Node{d.b, d.a} {
+		if err := n.Start(ctx); err != nil {
 			return err
 		}
 	}
-	d.say("node a: anchor %s, node b: anchor %s; trust domain %s, one authority", anchorWord(d.a), "software", trustDomain)
+	d.say("node a: anchor %s, node b: anchor %s; trust domain %s, one authority", anchorWord(d.a), "software", lab.TrustDomain)
 	for _, w := range []struct{ space, name string }{
 		{"a", "checkout"}, {"a", "reports"}, {"a", "nobody"},
 		{"b", "payments"}, {"b", "catalog"}, {"b", "ledger"}, {"b", "auditor"}, {"b", "nobody-b"},
@@ -189,8 +213,8 @@ func (d *demo) open(ctx context.Context) error {
 	return d.openServers(ctx)
 }
 
-func anchorWord(n *node) string {
-	if n.tpm == "none" {
+func anchorWord(n *lab.Node) string {
+	if n.TPM == "none" {
 		return "software"
 	}
 	return "tpm"
@@ -199,27 +223,33 @@ func anchorWord(n *node) string {
 // openAuthority starts the shared CA and makes a join token for each node. The
 // one of node a does not name the ID of reports.
 func (d *demo) openAuthority(ctx context.Context, jwks string) error {
-	tokenA, err := d.joinToken(ctx, "a", "checkout")
+	policies, err := fs.Sub(policyFiles, "policies")
+	if err != nil {
+		return fmt.Errorf("read policies: %w", err)
+	}
+	tokenA, err := d.lab.JoinToken(ctx, "a", "checkout")
 	if err != nil {
 		return err
 	}
-	tokenB, err := d.joinToken(ctx, "b", "payments", "catalog", "ledger", "auditor", "vault")
+	tokenB, err := d.lab.JoinToken(ctx, "b", "payments", "catalog", "ledger", "auditor", "vault")
 	if err != nil {
 		return err
 	}
-	if d.a, err = d.lab.newNode("a", d.o.Ceiling, tokenA, jwks); err != nil {
-		return err
+	for _, n := range []struct {
+		name, token string
+		node        **lab.Node
+	}{{"a", tokenA, &d.a}, {"b", tokenB, &d.b}} {
+		if *n.node, err = d.lab.NewNode(lab.NodeOptions{
+			Name: n.name, Ceiling: d.o.Ceiling, LeafTTL: 10 * time.Minute, JoinToken: n.token, Policies: policies, JWKS: jwks,
+		}); err != nil {
+			return err
+		}
 	}
-	if d.b, err = d.lab.newNode("b", d.o.Ceiling, tokenB, jwks); err != nil {
-		return err
+	p, err := d.lab.StartAuthority(ctx, "b", authorityAddress)
+	if p != nil {
+		d.processes = append(d.processes, p)
 	}
-	p, err := d.lab.start("b", "", "authority", nil, "/proc/self/exe", "authority", "--listen", authorityAddress,
-		"--state-dir", filepath.Join(d.lab.dir, "authority"), "--trust-domain", trustDomain, "--tpm", "none")
-	if err != nil {
-		return err
-	}
-	d.processes = append(d.processes, p)
-	return d.lab.awaitListener(ctx, "b", authorityAddress, p)
+	return err
 }
 
 // openTPM puts a software TPM under node a where there is one.
@@ -229,19 +259,19 @@ func (d *demo) openTPM(ctx context.Context) error {
 		d.say("swtpm is not installed: node a has a software key too")
 		return nil
 	}
-	dir := filepath.Join(d.lab.dir, "tpm")
+	dir := filepath.Join(d.lab.Dir, "tpm")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("make folder of the TPM: %w", err)
 	}
 	socket := filepath.Join(dir, "sock")
-	p, err := d.lab.start("a", "", "swtpm", nil, path, "socket", "--tpm2", "--server", "type=unixio,path="+socket,
+	p, err := d.lab.Start("a", "", "swtpm", nil, path, "socket", "--tpm2", "--server", "type=unixio,path="+socket,
 		"--ctrl", "type=unixio,path="+socket+".ctrl", "--flags", "not-need-init,startup-clear", "--tpmstate", "dir="+dir)
 	if err != nil {
 		return err
 	}
 	d.processes = append(d.processes, p)
-	d.a.tpm = socket
-	return waitFor(ctx, p, "make its socket", func() bool { _, err := os.Stat(socket); return err == nil })
+	d.a.TPM = socket
+	return lab.WaitFor(ctx, p, "make its socket", func() bool { _, err := os.Stat(socket); return err == nil })
 }
 
 // app starts an application, in a cgroup of its node's subtree or, where that
@@ -250,25 +280,25 @@ func (d *demo) app(space, cgroup, name string) error {
 	dir := ""
 	var err error
 	if cgroup != "" {
-		if dir, err = d.lab.addCgroup(filepath.Join(space, cgroup)); err != nil {
+		if dir, err = d.lab.AddCgroup(filepath.Join(space, cgroup)); err != nil {
 			return err
 		}
 	}
-	a, err := d.lab.startApp(space, dir, name)
+	a, err := startApp(d.lab, space, dir, name)
 	if err != nil {
 		return err
 	}
 	d.apps[name] = a
-	d.processes = append(d.processes, a.process)
+	d.processes = append(d.processes, a.Process)
 	return nil
 }
 
 // openServers has the servers listen once their workloads are recognised, and
 // waits until both nodes have certificates for who calls and who serves.
 func (d *demo) openServers(ctx context.Context) error {
-	for n, ids := range map[*node][]string{d.a: {"checkout"}, d.b: {"payments", "catalog", "ledger", "auditor"}} {
+	for n, ids := range map[*lab.Node][]string{d.a: {"checkout"}, d.b: {"payments", "catalog", "ledger", "auditor"}} {
 		for _, id := range ids {
-			if _, err := n.thumbprint(ctx, id); err != nil {
+			if _, err := n.Thumbprint(ctx, id); err != nil {
 				return err
 			}
 		}
@@ -286,45 +316,29 @@ func (d *demo) openServers(ctx context.Context) error {
 
 // close ends every process that the demo started and takes the ground away.
 func (d *demo) close() error {
-	for _, n := range []*node{d.a, d.b} {
+	for _, n := range []*lab.Node{d.a, d.b} {
 		if n != nil {
-			n.stop()
+			n.Stop()
 		}
 	}
 	for i := len(d.processes) - 1; i >= 0; i-- {
-		d.processes[i].stop(2 * time.Second)
+		d.processes[i].Stop(2 * time.Second)
 	}
 	if d.lab == nil {
 		return nil
 	}
 	var errs []error
-	for _, n := range []*node{d.a, d.b} {
-		if n != nil && n.agent != nil {
-			if _, err := command(context.Background(), "agent", "uninstall", "--pin-dir", n.pinDir()); err != nil {
+	for _, n := range []*lab.Node{d.a, d.b} {
+		if n != nil && n.Agent != nil {
+			if _, err := d.lab.Command(context.Background(), "agent", "uninstall", "--pin-dir", n.PinDir()); err != nil {
 				errs = append(errs, err)
 			}
 		}
 	}
 	if d.o.KeepLogs {
-		kept := d.lab.dir + "-logs"
-		errs = append(errs, os.CopyFS(kept, os.DirFS(d.lab.dir)))
+		kept := d.lab.Dir + "-logs"
+		errs = append(errs, os.CopyFS(kept, os.DirFS(d.lab.Dir)))
 		d.say("logs: %s", kept)
 	}
-	return errors.Join(append(errs, d.lab.close())...)
-}
-
-// waitFor waits until ok, the process's end, or the start's time-out.
-func waitFor(ctx context.Context, p *process, what string, ok func() bool) error {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	for !ok() {
-		select {
-		case <-p.done:
-			return fmt.Errorf("wait for %s to %s: it ended: %w\n%s", p.cmd.Path, what, p.err, p.lastLines(5))
-		case <-ctx.Done():
-			return fmt.Errorf("wait for %s to %s: %w", p.cmd.Path, what, ctx.Err())
-		case <-time.After(pollInterval):
-		}
-	}
-	return nil
+	return errors.Join(append(errs, d.lab.Close())...)
 }

@@ -15,10 +15,9 @@ import (
 	"io"
 	"math/big"
 	"net/url"
-	"path/filepath"
-	"strings"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/cmd/sallyport/internal/lab"
 	"github.com/sallyport-dev/sallyport/userspace/authority"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 )
@@ -60,7 +59,7 @@ func (r Rogue) forge(ctx context.Context) ([][]byte, *ecdsa.PrivateKey, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	client, err := authority.NewClient(authorityAddress, trustDomain, r.Token)
+	client, err := authority.NewClient(authorityAddress, lab.TrustDomain, r.Token)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -116,41 +115,31 @@ func (r Rogue) call(ctx context.Context, chain [][]byte, key *ecdsa.PrivateKey) 
 
 // rogueNode has the stranger be such a node.
 func rogueNode(ctx context.Context, d *demo) (string, string, error) {
-	token, err := d.joinToken(ctx, "rogue", "anything")
+	token, err := d.lab.JoinToken(ctx, "rogue", "anything")
 	if err != nil {
 		return "", "", err
 	}
-	offset := d.b.logEnd()
-	p, err := d.lab.start("x", "", "rogue", nil, "/proc/self/exe", "demo", "rogue")
+	offset := d.b.LogEnd()
+	p, err := d.lab.Start("x", "", "rogue", nil, "/proc/self/exe", "demo", "rogue")
 	if err != nil {
 		return "", "", err
 	}
-	defer p.stop(2 * time.Second)
-	order := Rogue{Token: token, Claims: d.a.id("checkout"), Server: d.b.id("ledger"), Tunnel: nodeB + ":15008"}
-	if err := json.NewEncoder(p.in).Encode(order); err != nil {
+	defer p.Stop(2 * time.Second)
+	order := Rogue{Token: token, Claims: d.a.ID("checkout"), Server: d.b.ID("ledger"), Tunnel: nodeB + ":15008"}
+	if err := json.NewEncoder(p.In).Encode(order); err != nil {
 		return "", "", fmt.Errorf("order to the rogue: %w", err)
 	}
 	var reply appReply
-	if err := json.NewDecoder(p.out).Decode(&reply); err != nil {
-		return "", "", fmt.Errorf("reply of the rogue: %w: %s", err, p.lastLines(3))
+	if err := json.NewDecoder(p.Out).Decode(&reply); err != nil {
+		return "", "", fmt.Errorf("reply of the rogue: %w: %s", err, p.LastLines(3))
 	}
 	got := "let in"
 	if reply.Err != "" {
 		got = "refused"
 	}
-	rec, err := d.b.decided(ctx, offset, func(r *record) bool { return r.Reason == "certificate_scope" })
+	rec, err := d.b.Decided(ctx, offset, func(r *lab.Record) bool { return r.Reason == "certificate_scope" })
 	if err != nil {
 		return got + " (" + reply.Err + ")", "", err
 	}
 	return got, rec.Stage, nil
-}
-
-// joinToken makes a join token by the authority's own command.
-func (d *demo) joinToken(ctx context.Context, node string, ids ...string) (string, error) {
-	args := []string{"authority", "token", "create", "--node", node, "--state-dir", filepath.Join(d.lab.dir, "authority"), "--trust-domain", trustDomain, "--tpm", "none"}
-	for _, id := range ids {
-		args = append(args, "--id", fmt.Sprintf("spiffe://%s/node/%s/ns/shop/%s", trustDomain, node, id))
-	}
-	out, err := command(ctx, args...)
-	return strings.TrimSpace(out), err
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package demo
+package lab
 
 import (
 	"context"
@@ -19,32 +19,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lab is the ground that the demo stands on: network namespaces joined by
-// veth pairs, and a cgroup subtree. close takes all of it away again.
-type lab struct {
-	name    string // unique on this machine
-	dir     string // files of the nodes
-	cgroup  string // absolute folder of the demo's subtree
-	spaces  map[string]netns.NsHandle
-	pinDirs []string
+// Lab is the ground that nodes stand on: network namespaces joined by veth
+// pairs, and a cgroup subtree. Close takes all of it away again.
+type Lab struct {
+	Dir       string // files of the nodes
+	name      string // unique on this machine
+	program   string // the sallyport binary
+	cgroup    string // absolute folder of the lab's subtree
+	spaces    map[string]netns.NsHandle
+	pinDirs   []string
+	authority string // its address, once it runs
 }
 
-// newLab makes the namespaces a, b and x (a stranger) and the links a-b and
-// x-b between them, over IPv4 and IPv6.
-func newLab() (_ *lab, err error) {
-	l := &lab{name: fmt.Sprintf("sallyport-demo-%d", os.Getpid()), spaces: map[string]netns.NsHandle{}}
+// New makes a lab without namespaces. Its name, to which this process's id is
+// added, tells it from others; program is the sallyport binary that its nodes
+// run.
+func New(name, program string) (_ *Lab, err error) {
+	l := &Lab{name: fmt.Sprintf("%s-%d", name, os.Getpid()), program: program, spaces: map[string]netns.NsHandle{}}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, l.close())
+			err = errors.Join(err, l.Close())
 		}
 	}()
-	if l.dir, err = os.MkdirTemp("", l.name+"-"); err != nil {
+	if l.Dir, err = os.MkdirTemp("", l.name+"-"); err != nil {
 		return nil, fmt.Errorf("make folder: %w", err)
 	}
 	// The userspace process runs as another user and must reach its own
 	// folder below.
-	if err = os.Chmod(l.dir, 0o755); err != nil {
-		return nil, fmt.Errorf("open folder %s: %w", l.dir, err)
+	if err = os.Chmod(l.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("open folder %s: %w", l.Dir, err)
 	}
 	root, err := cgroup2Mount()
 	if err != nil {
@@ -54,27 +57,17 @@ func newLab() (_ *lab, err error) {
 	if err = os.Mkdir(l.cgroup, 0o755); err != nil {
 		return nil, fmt.Errorf("make cgroup: %w", err)
 	}
-	for _, s := range []string{"a", "b", "x"} {
-		if err = l.addSpace(s); err != nil {
-			return nil, err
-		}
-	}
-	if err = l.link("a", "b", 1); err != nil {
-		return nil, err
-	}
-	if err = l.link("x", "b", 3); err != nil {
-		return nil, err
-	}
 	return l, nil
 }
 
-// addresses of the demo: 10.77.N.1 and fd77:N::1 on the left of link N,
-// .2 and ::2 on its right.
+// linkAddrs are 10.77.N.1 and fd77:N::1 on the left of link N, .2 and ::2 on
+// its right.
 func linkAddrs(n, side int) []string {
 	return []string{fmt.Sprintf("10.77.%d.%d/24", n, side), fmt.Sprintf("fd77:%d::%d/64", n, side)}
 }
 
-func (l *lab) addSpace(s string) error {
+// AddSpace makes the network namespace s, with its loopback up.
+func (l *Lab) AddSpace(s string) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	home, err := netns.Get()
@@ -91,7 +84,7 @@ func (l *lab) addSpace(s string) error {
 		// This thread is of no more use; the process is about to end.
 		return fmt.Errorf("return to own network namespace: %w", err)
 	}
-	return l.in(s, func() error {
+	return l.In(s, func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return fmt.Errorf("find lo: %w", err)
@@ -100,8 +93,8 @@ func (l *lab) addSpace(s string) error {
 	})
 }
 
-// in runs f on a thread inside the namespace s.
-func (l *lab) in(s string, f func() error) error {
+// In runs f on a thread inside the namespace s.
+func (l *Lab) In(s string, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		// The thread is not unlocked: it ends with the goroutine and takes
@@ -116,9 +109,15 @@ func (l *lab) in(s string, f func() error) error {
 	return <-done
 }
 
-func (l *lab) link(left, right string, n int) error {
+// Space is the descriptor of a namespace, the lab's own.
+func (l *Lab) Space(s string) int { return int(l.spaces[s]) }
+
+// Link joins two namespaces by veth pair n, with the addresses 10.77.n.1 and
+// fd77:n::1 on the left, 10.77.n.2 and fd77:n::2 on the right. Left reaches
+// what lies beyond right through it.
+func (l *Lab) Link(left, right string, n int) error {
 	lName, rName := fmt.Sprintf("to-%s", right), fmt.Sprintf("to-%s", left)
-	err := l.in(left, func() error {
+	err := l.In(left, func() error {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = lName
 		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: rName, PeerNamespace: netlink.NsFd(int(l.spaces[right]))})
@@ -126,10 +125,10 @@ func (l *lab) link(left, right string, n int) error {
 	if err != nil {
 		return fmt.Errorf("link %s and %s: %w", left, right, err)
 	}
-	if err := l.in(left, func() error { return setUp(lName, linkAddrs(n, 1), n, 2) }); err != nil {
+	if err := l.In(left, func() error { return setUp(lName, linkAddrs(n, 1), n, 2) }); err != nil {
 		return err
 	}
-	return l.in(right, func() error { return setUp(rName, linkAddrs(n, 2), n, 1) })
+	return l.In(right, func() error { return setUp(rName, linkAddrs(n, 2), n, 1) })
 }
 
 func setUp(name string, addrs []string, n, peer int) error {
@@ -162,8 +161,8 @@ func setUp(name string, addrs []string, n, peer int) error {
 	return nil
 }
 
-// addCgroup makes a cgroup below the demo's and returns its folder.
-func (l *lab) addCgroup(path string) (string, error) {
+// AddCgroup makes a cgroup below the lab's and returns its folder.
+func (l *Lab) AddCgroup(path string) (string, error) {
 	dir := filepath.Join(l.cgroup, path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", fmt.Errorf("make cgroup %s: %w", path, err)
@@ -171,8 +170,8 @@ func (l *lab) addCgroup(path string) (string, error) {
 	return dir, nil
 }
 
-// close removes what newLab made. The processes must have ended.
-func (l *lab) close() error {
+// close removes what New made. The processes must have ended.
+func (l *Lab) Close() error {
 	var errs []error
 	for _, h := range l.spaces {
 		errs = append(errs, h.Close())
@@ -183,8 +182,8 @@ func (l *lab) close() error {
 	for _, d := range l.pinDirs {
 		errs = append(errs, os.RemoveAll(d))
 	}
-	if l.dir != "" {
-		errs = append(errs, os.RemoveAll(l.dir))
+	if l.Dir != "" {
+		errs = append(errs, os.RemoveAll(l.Dir))
 	}
 	return errors.Join(errs...)
 }
@@ -237,10 +236,10 @@ func cgroup2Mount() (string, error) {
 	return "", errors.New("find cgroup2: it is not mounted; mount -t cgroup2 none /sys/fs/cgroup")
 }
 
-// awaitListener waits until something accepts at an address in a namespace.
-func (l *lab) awaitListener(ctx context.Context, space, addr string, p *process) error {
-	return waitFor(ctx, p, "listen at "+addr, func() bool {
-		return l.in(space, func() error {
+// AwaitListener waits until something accepts at an address in a namespace.
+func (l *Lab) AwaitListener(ctx context.Context, space, addr string, p *Process) error {
+	return WaitFor(ctx, p, "listen at "+addr, func() bool {
+		return l.In(space, func() error {
 			c, err := net.DialTimeout("tcp", addr, time.Second)
 			if err != nil {
 				return err

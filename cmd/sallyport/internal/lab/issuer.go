@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package demo
+package lab
 
 import (
 	"crypto/ecdsa"
@@ -22,23 +22,24 @@ const (
 	audience  = "payments"
 )
 
-// issuer is the identity provider of the demo: it signs access tokens
-// (RFC 9068) and publishes its key set as a file.
-type issuer struct {
+// Issuer is an identity provider: it signs access tokens (RFC 9068) and
+// Publishes its key set as a file.
+type Issuer struct {
 	key *ecdsa.PrivateKey
 	jti int
 }
 
-func newIssuer() (*issuer, error) {
+// NewIssuer makes an issuer with a key of its own.
+func NewIssuer() (*Issuer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make issuer key: %w", err)
 	}
-	return &issuer{key: key}, nil
+	return &Issuer{key: key}, nil
 }
 
-// publish writes the JWK set (RFC 7517).
-func (s *issuer) publish(file string) error {
+// Publish writes the JWK set (RFC 7517).
+func (s *Issuer) Publish(file string) error {
 	pub, err := s.key.PublicKey.Bytes() // 0x04, X, Y
 	if err != nil {
 		return fmt.Errorf("encode issuer key: %w", err)
@@ -56,10 +57,10 @@ func (s *issuer) publish(file string) error {
 	return nil
 }
 
-// token signs an access token for subject that ends after life (a negative
+// Token signs an access token for subject that ends after life (a negative
 // one has ended already) and is bound to the certificate with that SHA-256
 // thumbprint, in hex (RFC 8705 section 3.1).
-func (s *issuer) token(subject, thumbprint string, life time.Duration) (string, error) {
+func (s *Issuer) Token(subject, thumbprint string, life time.Duration) (string, error) {
 	digest, err := hex.DecodeString(thumbprint)
 	if err != nil {
 		return "", fmt.Errorf("read thumbprint: %w", err)
