@@ -83,14 +83,13 @@ type Agent struct {
 	view  atomic.Pointer[view] // what requests are held against
 	again atomic.Bool          // the last reconcile did not get everything done
 
+	session atomic.Pointer[session] // to the userspace process, nil while there is none; changed under mu
+
 	// mu serialises reconcile, and guards what it works on.
 	mu         sync.Mutex
 	in         inputs
 	namespaces map[uint64]*namespace
-	session    *session
-	numbers    map[string]bool // SPIFFE IDs that were given a number
-	modes      map[string]bool // identities that were in enforce last time
-	apis       map[string]bool // APIs that were in enforce last time
+	ambiguous  map[string]bool // health problems raised for ambiguous workloads
 	current    context.Context // ends with Run
 }
 
@@ -100,7 +99,7 @@ func Run(ctx context.Context, o Options) error {
 	a := &Agent{
 		cfg: o.Config, version: o.Version, log: o.Logger, started: time.Now(),
 		health: metrics.NewHealth(nil), hub: control.NewHub(),
-		namespaces: map[uint64]*namespace{}, numbers: map[string]bool{}, modes: map[string]bool{}, apis: map[string]bool{},
+		namespaces: map[uint64]*namespace{}, ambiguous: map[string]bool{},
 		ports: sockets.Ports{Outbound: o.Config.Listen.Outbound, Inbound: o.Config.Listen.Inbound, Tunnel: o.Config.Listen.Tunnel},
 	}
 	a.records = newRecordLog(o.Decisions, a)

@@ -164,8 +164,8 @@ func (a *Agent) dropNamespaces() {
 		}
 		delete(a.namespaces, cookie)
 		ns.stop()
-		if a.session != nil {
-			a.session.closeListeners(cookie)
+		if s := a.session.Load(); s != nil {
+			s.closeListeners(cookie)
 		}
 		errs := []error{ns.ReservePorts(nil)}
 		for _, i := range ns.interfaces {

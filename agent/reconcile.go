@@ -70,13 +70,10 @@ func (a *Agent) workloadsChanged(t *workload.Table) {
 
 // revocationsChanged takes the whole list of revocations.
 func (a *Agent) revocationsChanged(entries []revocations.Entry, generation uint64) {
-	a.reconcile(func(in *inputs) { in.revoked = revokedIdentities(entries) })
-	a.mu.Lock()
-	s := a.session
-	a.mu.Unlock()
-	if s != nil {
+	if s := a.session.Load(); s != nil {
 		s.sendRevocations(entries, generation)
 	}
+	a.reconcile(func(in *inputs) { in.revoked = revokedIdentities(entries) })
 }
 
 // reconcile changes an input and brings everything in line with it: listeners
@@ -103,8 +100,8 @@ func (a *Agent) reconcile(change func(*inputs)) {
 		return
 	}
 	a.view.Store(v)
-	if a.session != nil {
-		errs = append(errs, a.session.sendView(v, a.in.files))
+	if s := a.session.Load(); s != nil {
+		errs = append(errs, s.sendView(v, a.in.files))
 	}
 	if before != a.in.plan {
 		a.followIssuers()
@@ -232,6 +229,8 @@ func (a *Agent) state(v *view) datapath.State {
 		Egress: map[datapath.EgressRule]bool{}, Protected: map[datapath.ProtectedPort]datapath.Protection{},
 	}
 	names := map[string]*compile.Identity{}
+	before := a.ambiguous
+	a.ambiguous = map[string]bool{}
 	for _, id := range v.plan.Identities() {
 		names[id.FullName()] = id
 		for _, e := range id.Endpoints {
@@ -257,7 +256,12 @@ func (a *Agent) state(v *view) datapath.State {
 			}
 			s.Identities[c.ID] = a.kernelIdentity(v, id, flags)
 		case len(c.Ambiguous) > 0:
-			s.Identities[c.ID] = a.ambiguous(v, names, c.Ambiguous)
+			s.Identities[c.ID] = a.refuseAmbiguous(v, names, c.Ambiguous)
+		}
+	}
+	for problem := range before {
+		if !a.ambiguous[problem] {
+			a.health.Clear(problem)
 		}
 	}
 	for at, api := range v.protected {
@@ -277,16 +281,18 @@ func (a *Agent) kernelIdentity(v *view, id *compile.Identity, flags datapath.Fla
 	return datapath.Identity{Number: v.numbers[id], Mode: mode, Flags: flags}
 }
 
-// ambiguous is what a workload gets that several identities claim: refused in
+// refuseAmbiguous is what a workload gets that several identities claim: refused in
 // the strictest of their modes.
-func (a *Agent) ambiguous(v *view, names map[string]*compile.Identity, claimants []string) datapath.Identity {
+func (a *Agent) refuseAmbiguous(v *view, names map[string]*compile.Identity, claimants []string) datapath.Identity {
 	mode := flow.ModeObserve
 	for _, name := range claimants {
 		if id := names[name]; id != nil {
 			mode = max(mode, v.mode(id.Mode))
 		}
 	}
-	a.health.Set("ambiguous/"+strings.Join(claimants, "+"), metrics.Degraded,
+	problem := "ambiguous/" + strings.Join(claimants, "+")
+	a.ambiguous[problem] = true
+	a.health.Set(problem, metrics.Degraded,
 		"one workload matches "+strings.Join(claimants, " and ")+": it has no identity and is refused", "make their select lines exclude each other")
 	n, err := a.dp.AllocateNumber(ambiguousID)
 	if err != nil {

@@ -257,9 +257,7 @@ func (s service) Relation(ctx context.Context, q *controlpb.RelationRequest) (*c
 
 // fetchCounters takes over what userspace has counted since the last time.
 func (a *Agent) fetchCounters(ctx context.Context) {
-	a.mu.Lock()
-	s := a.session
-	a.mu.Unlock()
+	s := a.session.Load()
 	if s == nil {
 		return
 	}

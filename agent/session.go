@@ -74,32 +74,42 @@ func (a *Agent) userspaceStarted(p *supervise.Process) {
 		s.conn.Close() //nolint:errcheck // it is ended by that
 		return
 	}
-	if err := s.sendMaps(); err != nil {
+	if err := a.adoptSession(s); err != nil {
 		a.log.Error("flow map not handed over", "err", err)
 		s.conn.Close() //nolint:errcheck // it is ended by that
 		return
 	}
-	s.sendTrust()
-	entries, generation := a.revoked.List()
-	s.sendRevocations(entries, generation)
-	a.mu.Lock()
-	a.session = s
-	for _, ns := range a.namespaces {
-		ns.setListening(false)
-	}
-	a.mu.Unlock()
 	a.reconcile(func(*inputs) {})
 	a.keys.Replay()
 	a.health.Clear("userspace")
+}
+
+// adoptSession makes s the present session. It knows whom to trust and what
+// is revoked before anything brings it a listener.
+func (a *Agent) adoptSession(s *session) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := s.sendMaps(); err != nil {
+		return err
+	}
+	// From here on changes reach it too; an older list that comes later is
+	// told by its generation.
+	a.session.Store(s)
+	s.sendTrust()
+	s.sendRevocations(a.revoked.List())
+	for _, ns := range a.namespaces {
+		ns.setListening(false)
+	}
+	return nil
 }
 
 // userspaceExited takes note that a process is gone, and its listeners with
 // it: what they stood before refuses until the next one is there.
 func (a *Agent) userspaceExited(p *supervise.Process, err error) {
 	a.mu.Lock()
-	if a.session != nil && a.session.pid == p.PID {
-		a.session.conn.Close() //nolint:errcheck // its other end is gone
-		a.session = nil
+	if s := a.session.Load(); s != nil && s.pid == p.PID {
+		s.conn.Close() //nolint:errcheck // its other end is gone
+		a.session.Store(nil)
 	}
 	a.mu.Unlock()
 	a.metrics.UserspaceRestarts.Inc()
@@ -275,9 +285,7 @@ func (s *session) closeListeners(cookie uint64) {
 
 // ask puts a question to the userspace process.
 func (a *Agent) ask(ctx context.Context, m *linepb.Message) (*linepb.Message, error) {
-	a.mu.Lock()
-	s := a.session
-	a.mu.Unlock()
+	s := a.session.Load()
 	if s == nil {
 		return nil, errors.New("the userspace process is not running; see `sallyport status`")
 	}
@@ -298,9 +306,7 @@ func (a *Agent) deliverKeys(issuer string, document []byte, fetched time.Time, e
 		m.Error = err.Error()
 	}
 	a.health.Check("keys/"+issuer, metrics.Degraded, err, "is the issuer's key set where its TokenIssuer says?")
-	a.mu.Lock()
-	s := a.session
-	a.mu.Unlock()
+	s := a.session.Load()
 	if s != nil {
 		s.notify(&linepb.Message{Body: &linepb.Message_KeySet{KeySet: m}}) //nolint:errcheck // notify ends it
 	}
@@ -316,9 +322,7 @@ func (a *Agent) trust() []identity.TrustDomain {
 func (a *Agent) followTrust(ctx context.Context) error {
 	for {
 		changed := a.ca.Changed()
-		a.mu.Lock()
-		s := a.session
-		a.mu.Unlock()
+		s := a.session.Load()
 		if s != nil {
 			s.sendTrust()
 		}

@@ -203,6 +203,9 @@ func (p *process) setTrust(m *linepb.Trust) error {
 }
 
 func (p *process) setRevocations(m *linepb.Revocations) error {
+	if m.GetGeneration() < p.verifier.Revocations().Generation() {
+		return nil // an older list, overtaken by a newer one
+	}
 	list := make([]identity.Revocation, 0, len(m.GetRevocations()))
 	tokens := make([]token.Revocation, 0, len(m.GetRevocations()))
 	for _, r := range m.GetRevocations() {
