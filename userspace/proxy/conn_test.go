@@ -803,3 +803,80 @@ func TestClientAddress(t *testing.T) {
 		}
 	}
 }
+
+// TestDerivedIdentities holds that an identity whose ID names its node is
+// found on whatever node it is.
+func TestDerivedIdentities(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		ca := authority(t)
+		text := strings.ReplaceAll(worldPolicies, "MODE", "enforce")
+		for _, id := range []string{clientID, otherID, serverID} {
+			text = strings.ReplaceAll(text, fmt.Sprintf("spiffeID: %q, ", id), "")
+		}
+		var nodes [2]*node
+		for i, name := range []string{"a", "b"} {
+			p := buildOn(t, name, text)
+			o := nodeOptions{goroutines: goroutines, plan: p, ids: map[flow.IdentityNumber]string{}}
+			for _, id := range p.Identities() {
+				if !id.Derived || !strings.Contains(id.ID, "/node/"+name+"/") {
+					t.Fatalf("%s is not derived: %s", id.FullName(), id.ID)
+				}
+				// Both nodes may have each of them.
+				o.ids[map[string]flow.IdentityNumber{"client": clientNumber, "other": otherNumber, "server": serverNumber}[id.Name]] = id.ID
+			}
+			o.addresses = []NetnsAddresses{{clientNetns, []netip.Addr{clientAddr}}}
+			if name == "b" {
+				o.addresses = []NetnsAddresses{{serverNetns, []netip.Addr{serverAddr}}}
+			}
+			nodes[i] = newNode(t, ca, o)
+		}
+		a, b := nodes[0], nodes[1]
+		a.tunnels[serverAddr] = b.tunnelListener()
+		b.app(http.HandlerFunc(reflect), 80)
+		resp, err := ask(t, dialTCP(t, a.out(clientNumber, serverPort(80))), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatal(resp, err)
+		}
+		if cert := resp.Header.Get("X-Client-Cert"); !strings.Contains(cert, "/node/a/") || !strings.Contains(cert, "By=spiffe://example.org/node/b/") {
+			t.Errorf("the application saw the client as %q", cert)
+		}
+	})
+}
+
+func TestView(t *testing.T) {
+	v := (&view{plan: plan(t, "enforce"), local: []LocalIdentity{{serverNumber, serverID}, {clientNumber, clientID}},
+		addresses: []NetnsAddresses{{1, []netip.Addr{clientAddr, netip.MustParseAddr("10.0.9.9")}}, {2, []netip.Addr{serverAddr}}, {3, []netip.Addr{netip.MustParseAddr("10.0.9.9")}}}}).build()
+	for _, c := range []struct {
+		from  uint64
+		addr  string
+		netns uint64
+		known bool
+	}{{1, "127.0.0.1", 1, true}, {1, "10.0.2.1", 2, true}, {1, "10.0.9.9", 1, true}, {2, "10.0.9.9", 0, true}, {1, "10.0.3.1", 0, false}, {1, "::ffff:10.0.2.1", 2, true}} {
+		if netns, known := v.home(c.from, netip.MustParseAddr(c.addr)); netns != c.netns || known != c.known {
+			t.Errorf("home of %s from %d: %d %v", c.addr, c.from, netns, known)
+		}
+	}
+	if id, err := v.server(2, ""); err != nil || id.ID != serverID {
+		t.Errorf("without a name: %v %v", id, err)
+	}
+	if id, err := v.server(2, identity.ServerName(serverID)); err != nil || id.ID != serverID {
+		t.Errorf("by name: %v %v", id, err)
+	}
+	for _, c := range []struct {
+		netns uint64
+		name  string
+	}{{1, ""}, {1, identity.ServerName(serverID)}, {9, ""}} {
+		if id, err := v.server(c.netns, c.name); err == nil {
+			t.Errorf("%+v: %s serves there", c, id.ID)
+		}
+	}
+	if api := v.protected(2, serverPort(80)); api == nil || api.Name != "t/web" {
+		t.Errorf("port 80 is protected by %+v", api)
+	}
+	if api := v.protected(2, netip.MustParseAddrPort("10.0.2.1:6000")); api != nil {
+		t.Errorf("port 6000 is protected by %s", api.Name)
+	}
+	if (&view{}).build().protected(2, serverPort(80)) != nil {
+		t.Error("something is protected without a plan")
+	}
+}

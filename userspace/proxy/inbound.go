@@ -129,12 +129,11 @@ func (p *Proxy) stream(t *netloop.Task, s *tunnel.Stream, ns *namespace, serverI
 			c.record(0, 0)
 		}
 	}
-	n := p.take(p.view.Load().numbers[serverID])
-	if n == nil {
-		c.turnAway(503, flow.ReasonOverload, "too many connections to the identity")
+	if !p.take(peer.ID) {
+		c.turnAway(503, flow.ReasonOverload, "too many connections of the identity")
 		return
 	}
-	defer n.Add(-1)
+	defer p.give(peer.ID)
 	s.Local, s.Remote = c.dst, c.peer.Address
 	c.identify()
 	c.serve()
@@ -172,12 +171,11 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 		return
 	}
 	c.targetID = api.Identity.ID
-	n := p.take(v.numbers[c.targetID])
-	if n == nil {
+	if !p.take("") {
 		conn.Abort()
 		return
 	}
-	defer n.Add(-1)
+	defer p.give("")
 	if api.AppTLS != compile.AppTLSPassthrough && c.detect(p.opt.Detect, false) == spokenTLS {
 		if !c.terminate(conn, ns) {
 			return

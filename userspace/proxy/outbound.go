@@ -29,15 +29,15 @@ func (p *Proxy) outbound(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 		conn.Abort()
 		return
 	}
-	n := p.take(f.Identity)
-	if n == nil {
+	v := p.view.Load()
+	caller := v.ids[f.Identity]
+	if !p.take(caller) {
 		conn.Abort()
 		return
 	}
-	defer n.Add(-1)
-	v := p.view.Load()
+	defer p.give(caller)
 	c.dst = f.Destination
-	c.peer = flow.Peer{ID: v.ids[f.Identity], Number: f.Identity, Address: v.client(ns.cookie, f.Source, f.Destination), Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
+	c.peer = flow.Peer{ID: caller, Number: f.Identity, Address: v.client(ns.cookie, f.Source, f.Destination), Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
 	c.leave(v)
 }
 

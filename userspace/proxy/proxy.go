@@ -52,7 +52,7 @@ type Options struct {
 	DrainTimeout    time.Duration // for what is under way when the peer's certificate ends (30 s)
 
 	MaxPerNetns    int // connections of one network namespace (16384)
-	MaxPerIdentity int // connections of one identity (8192)
+	MaxPerIdentity int // connections of one caller, those without identity together (8192)
 }
 
 func (o Options) withDefaults() Options {
@@ -131,7 +131,7 @@ func New(e *netloop.Engine, o Options) *Proxy {
 	p.loops.New = func(*netloop.Task) *loop {
 		return &loop{judge: p.opt.Pipeline.NewLoop(), tunnels: map[tunnelKey]*tunnelPool{}, verdicts: map[verdictKey]time.Time{}}
 	}
-	p.limits.of = map[flow.IdentityNumber]*atomic.Int64{}
+	p.limits.of = map[string]int{}
 	p.view.Store((&view{}).build())
 	return p
 }
@@ -251,27 +251,35 @@ func (ns *namespace) close() {
 	}
 }
 
-// limits count the connections of each identity.
+// limits count the connections of each caller, so that one's flood denies
+// only itself.
 type limits struct {
-	mu sync.Mutex // held for a map look-up, once a connection
-	of map[flow.IdentityNumber]*atomic.Int64
+	mu sync.Mutex // held for a map look-up, twice a connection
+	of map[string]int
 }
 
-// take counts a connection of an identity; nil if it has too many.
-func (p *Proxy) take(id flow.IdentityNumber) *atomic.Int64 {
+// take counts a connection of a caller, by its SPIFFE ID or what stands for
+// one; it is refused if there are too many.
+func (p *Proxy) take(caller string) bool {
 	p.limits.mu.Lock()
-	n := p.limits.of[id]
-	if n == nil {
-		n = new(atomic.Int64)
-		p.limits.of[id] = n
-	}
-	p.limits.mu.Unlock()
-	if n.Add(1) > int64(p.opt.MaxPerIdentity) {
-		n.Add(-1)
+	defer p.limits.mu.Unlock()
+	n := p.limits.of[caller]
+	if n >= p.opt.MaxPerIdentity {
 		p.counts.overload.Add(1)
-		return nil
+		return false
 	}
-	return n
+	p.limits.of[caller] = n + 1
+	return true
+}
+
+func (p *Proxy) give(caller string) {
+	p.limits.mu.Lock()
+	defer p.limits.mu.Unlock()
+	if n := p.limits.of[caller]; n > 1 {
+		p.limits.of[caller] = n - 1
+	} else {
+		delete(p.limits.of, caller)
+	}
 }
 
 // counts are the proxy's own counters; decisions are counted by the

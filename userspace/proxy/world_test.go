@@ -136,8 +136,14 @@ func steeredPlan(t testing.TB, real, port uint16) *compile.Plan {
 
 func build(t testing.TB, text string) *compile.Plan {
 	t.Helper()
+	return buildOn(t, "n", text)
+}
+
+// buildOn builds the plan of a node of that name.
+func buildOn(t testing.TB, node, text string) *compile.Plan {
+	t.Helper()
 	p, problems := compile.Build([]load.File{{Path: "world.yaml", Content: []byte(text)}},
-		compile.Options{TrustDomain: "example.org", Node: "n"})
+		compile.Options{TrustDomain: "example.org", Node: node})
 	for _, problem := range problems {
 		if problem.Severity == load.Error {
 			t.Fatal(problem)
@@ -176,6 +182,7 @@ type node struct {
 }
 
 type nodeOptions struct {
+	plan       *compile.Plan // nil: that of mode
 	goroutines bool
 	mode       string
 	ttl        time.Duration
@@ -224,7 +231,10 @@ func newNode(t testing.TB, ca *identity.CA, o nodeOptions) *node {
 	n.proxy = New(n.engine, options)
 	n.proxy.SetIdentities(local)
 	n.proxy.SetAddresses(o.addresses)
-	n.proxy.SetPlan(plan(t, o.mode), 1)
+	if o.plan == nil {
+		o.plan = plan(t, o.mode)
+	}
+	n.proxy.SetPlan(o.plan, 1)
 	t.Cleanup(func() {
 		n.proxy.CloseListeners()
 		n.engine.Close()
