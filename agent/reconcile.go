@@ -106,7 +106,7 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	if before != a.in.plan {
 		a.followIssuers()
 	}
-	errs = append(errs, a.reserve(v), a.voidVerdicts(before), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
+	errs = append(errs, a.reserve(v), a.voidVerdicts(v, before), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.dropNamespaces()
 	err = errors.Join(errs...)
 	a.again.Store(err != nil)
@@ -317,16 +317,23 @@ func (a *Agent) exactPath(id *compile.Identity) string {
 	return ""
 }
 
-// voidVerdicts voids what was decided under an earlier plan, policy by policy.
-func (a *Agent) voidVerdicts(before *compile.Plan) error {
+// voidVerdicts voids what was decided under an earlier plan, policy by policy,
+// and every verdict to a revoked identity. (A revoked source is refused by the
+// kernel itself.) The new view is in place by then: see putVerdict.
+func (a *Agent) voidVerdicts(v *view, before *compile.Plan) error {
+	var errs []error
+	for _, api := range a.in.plan.APIs() {
+		if v.revoked[api.Identity.ID] {
+			errs = append(errs, a.dp.BumpGeneration(api.Name))
+		}
+	}
 	if before == nil || before == a.in.plan {
-		return nil
+		return errors.Join(errs...)
 	}
 	same := map[string][32]byte{}
 	for _, api := range a.in.plan.APIs() {
 		same[api.Name] = api.Fingerprint()
 	}
-	var errs []error
 	for _, api := range before.APIs() {
 		if now, ok := same[api.Name]; !ok || now != api.Fingerprint() {
 			errs = append(errs, a.dp.BumpGeneration(api.Name))

@@ -282,6 +282,11 @@ func (a *Agent) putVerdict(q *linepb.Verdict) error {
 	if err != nil {
 		return err
 	}
+	// A new view comes before the bump of what it voids: while this one is
+	// still in place the generation is one under which it was decided.
+	if a.view.Load() != v {
+		return refuse(flow.ReasonNotReady, "verdict: of another policy generation")
+	}
 	err = a.dp.PutVerdict(flow.Verdict{
 		Source: number, SourceNetns: q.GetSourceNetns(), Destination: to, DestinationNetns: netns, Action: flow.ActionDirect,
 		Expires: min(time.Duration(q.GetTtlNs()), maxVerdictTTL),
