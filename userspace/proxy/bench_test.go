@@ -129,6 +129,37 @@ func wrk(b *testing.B, conns, addr string) {
 	}
 }
 
+// BenchmarkBulk has curl take 256 MiB from nginx; it reports the CPU time of
+// this process, kernel included, for one GiB.
+func BenchmarkBulk(b *testing.B) {
+	const size = 256 << 20
+	addr := startNginx(b, make([]byte, size))
+	get := func(b *testing.B, addr string) {
+		b.Helper()
+		for b.Loop() {
+			var before, after unix.Rusage
+			_ = unix.Getrusage(unix.RUSAGE_SELF, &before)
+			if out, err := exec.Command("curl", "-sSf", "-o", "/dev/null", "http://"+addr+"/large").CombinedOutput(); err != nil {
+				b.Fatalf("%v: %s", err, out)
+			}
+			_ = unix.Getrusage(unix.RUSAGE_SELF, &after)
+			cpu := float64(after.Utime.Nano()+after.Stime.Nano()-before.Utime.Nano()-before.Stime.Nano()) / 1e9
+			b.ReportMetric(cpu*(1<<30)/size, "cpu-s/GiB")
+		}
+	}
+	b.Run("direct", func(b *testing.B) { get(b, addr) })
+	b.Run("same node", func(b *testing.B) {
+		n := oneNode(b, nodeOptions{})
+		n.at(addr, 80)
+		get(b, n.out(clientNumber, serverPort(80)))
+	})
+	b.Run("tunnel", func(b *testing.B) {
+		a, s := twoNodes(b, nodeOptions{})
+		s.at(addr, 80, 7)
+		get(b, a.out(clientNumber, serverPort(80)))
+	})
+}
+
 // BenchmarkIdle reports what an idle kept connection holds in memory, both
 // sides of the proxy, after one request each.
 func BenchmarkIdle(b *testing.B) {

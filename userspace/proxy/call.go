@@ -232,6 +232,9 @@ func (c *call) connect() error {
 		return err
 	}
 	c.upstream = conn
+	if c.reason != flow.ReasonOK { // ended while the agent dialled
+		return &refusal{flow.StagePolicy, c.reason, "ended before it was connected"}
+	}
 	return nil
 }
 

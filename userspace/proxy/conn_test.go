@@ -843,6 +843,44 @@ func TestDerivedIdentities(t *testing.T) {
 	})
 }
 
+// TestTunnelRefused holds what a client is told when the other node refuses
+// or cannot be reached.
+func TestTunnelRefused(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		a, b := twoNodes(t, nodeOptions{goroutines: goroutines})
+		b.proxy.SetPlan(changed(t, "ports: [80]", "ports: [8080]"), 2)
+		get := func() *http.Response {
+			t.Helper()
+			resp, err := ask(t, dialTCP(t, a.out(clientNumber, serverPort(80))), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+			if err != nil {
+				t.Fatal(err)
+			}
+			return resp
+		}
+		if reason, _ := problem(t, get()); reason != flow.ReasonTunnelRefused {
+			t.Errorf("refused: reason %s", reason)
+		}
+		b.recorded(flow.ReasonNotThisNode)
+		opaque := dialTCP(t, a.out(clientNumber, serverPort(80)))
+		io.WriteString(opaque, "\x00not HTTP")
+		if got, err := io.ReadAll(opaque); err == nil || len(got) > 0 {
+			t.Errorf("opaque: got %q %v", got, err)
+		}
+		down := newNode(t, authority(t), nodeOptions{goroutines: goroutines, mode: "enforce", ids: map[flow.IdentityNumber]string{clientNumber: clientID},
+			addresses: []NetnsAddresses{{clientNetns, []netip.Addr{clientAddr}}}})
+		free, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		free.Close()
+		down.tunnels[serverAddr] = free.Addr().String()
+		a = down
+		if reason, _ := problem(t, get()); reason != flow.ReasonTunnel {
+			t.Errorf("down: reason %s", reason)
+		}
+	})
+}
+
 func TestView(t *testing.T) {
 	v := (&view{plan: plan(t, "enforce"), local: []LocalIdentity{{serverNumber, serverID}, {clientNumber, clientID}},
 		addresses: []NetnsAddresses{{1, []netip.Addr{clientAddr, netip.MustParseAddr("10.0.9.9")}}, {2, []netip.Addr{serverAddr}}, {3, []netip.Addr{netip.MustParseAddr("10.0.9.9")}}}}).build()
