@@ -133,6 +133,8 @@ func (s *server) config(*tls.ClientHelloInfo) (*tls.Config, error) {
 		ClientAuth:       tls.RequestClientCert, // VerifyConnection refuses the lack of one, with a reason
 		VerifyConnection: s.verify,
 		Time:             s.Verifier.now,
+		// The peers are proxies, not browsers: full records cost least.
+		DynamicRecordSizingDisabled: true,
 	}
 	c.SetSessionTicketKeys([][32]byte{ticketKey})
 	c.WrapSession = func(cs tls.ConnectionState, session *tls.SessionState) ([]byte, error) {
