@@ -32,6 +32,7 @@ type Session struct {
 	work    netloop.Event // there is something for the writer
 	changed netloop.Event // the number of streams, or the end of the session
 	buffers [][]byte
+	large   [][]byte
 	block   bytes.Buffer // of the encoder
 
 	// What the peer allows.
@@ -196,18 +197,34 @@ func (m *Session) Kill(cause error) {
 
 func (m *Session) wake() { m.work.Signal() }
 
+// Buffers that a session keeps for what waits on either side of its streams.
+const (
+	keptBuffers = 16
+	smallBuffer = 4 << 10
+	largeBuffer = 64 << 10
+	keptLarge   = 4 // of those over largeBuffer
+)
+
 func (m *Session) lend() []byte {
-	if n := len(m.buffers); n > 0 {
-		b := m.buffers[n-1]
-		m.buffers = m.buffers[:n-1]
+	list := &m.buffers
+	if len(m.large) > 0 {
+		list = &m.large // who needs a buffer at all is likely to need a large one
+	}
+	if n := len(*list); n > 0 {
+		b := (*list)[n-1]
+		*list = (*list)[:n-1]
 		return b[:0]
 	}
-	return make([]byte, 0, 4<<10)
+	return make([]byte, 0, smallBuffer)
 }
 
 func (m *Session) giveBack(b []byte) {
-	if cap(b) > 0 && cap(b) <= 64<<10 && len(m.buffers) < 16 {
+	switch {
+	case cap(b) < smallBuffer:
+	case cap(b) <= largeBuffer && len(m.buffers) < keptBuffers:
 		m.buffers = append(m.buffers, b)
+	case cap(b) > largeBuffer && cap(b) <= 2*m.cfg.MaxWindow && len(m.large) < keptLarge:
+		m.large = append(m.large, b)
 	}
 }
 
