@@ -459,21 +459,39 @@ func stillRevoked(ctx context.Context, d *demo) (string, string, error) {
 }
 
 // killed ends node b's agent, it alone, with SIGKILL.
-func killed(_ context.Context, d *demo) (string, string, error) {
+func killed(ctx context.Context, d *demo) (string, string, error) {
 	d.b.HangUp()
 	d.b.Agent.Kill()
 	before, err := d.b.KernelRefusals(flow.ReasonListenerGone)
 	if err != nil {
 		return "", "", err
 	}
-	for who, addr := range map[string]string{"auditor": ledgerAddr, "checkout": nodeB + ":8080", "nobody-b": nodeB + ":8080", "stranger": "10.77.3.2:8080"} {
+	for who, addr := range map[string]string{"checkout": nodeB + ":8080", "nobody-b": nodeB + ":8080", "stranger": "10.77.3.2:8080"} {
 		if c, got := d.opaque(who, addr); got != "refused" {
 			d.hangUp(who, c)
 			return who + " got " + got, "", nil
 		}
 	}
 	by, err := d.b.DecidedByKernel(before)
-	return "refused", by, err
+	if err != nil {
+		return "refused", by, err
+	}
+	// What identity alone decides goes on until the agent's sign of life is
+	// stale, 3 s after the last.
+	ctx, cancel := context.WithTimeout(ctx, lab.SettleTimeout)
+	defer cancel()
+	for {
+		c, got := d.opaque("auditor", ledgerAddr)
+		if got == "refused" {
+			return "refused", by, nil
+		}
+		d.hangUp("auditor", c)
+		select {
+		case <-ctx.Done():
+			return "direct went on: " + got, by, nil
+		case <-time.After(lab.PollInterval):
+		}
+	}
 }
 
 func squatterOnOurs(_ context.Context, d *demo) (string, string, error) {
