@@ -352,7 +352,32 @@ func (a *Agent) housekeep() {
 	a.health.Check("verdict-sweep", metrics.Warning, a.dp.SweepVerdicts(), "see the log")
 	a.health.Check("revocation-sweep", metrics.Warning, a.revoked.Expire(), "is the state directory writable?")
 	a.health.Check("flow-sweep", metrics.Warning, a.reconcileFlows(), "see the log")
-	a.health.Check("pin-sweep", metrics.Warning, a.kernel.Sweep(), "see the log")
+	a.health.Check("pin-sweep", metrics.Warning, a.sweepNamespaces(), "see the log")
+}
+
+// sweepNamespaces lets go of network namespaces that went while no agent was
+// there to see it.
+func (a *Agent) sweepNamespaces() error {
+	if err := a.kernel.Sweep(); err != nil {
+		return err
+	}
+	steered, err := a.kernel.Netns()
+	if err != nil {
+		return err
+	}
+	known, err := a.dp.Netns()
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var errs []error
+	for _, cookie := range known {
+		if a.namespaces[cookie] == nil && !slices.Contains(steered, cookie) {
+			errs = append(errs, a.dp.RemoveNetns(cookie))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func logClose(log *slog.Logger, what string, err error) {
