@@ -23,7 +23,7 @@ type DialKind uint8
 const (
 	DialApplication DialKind = iota + 1 // the protected server of an identity on this node
 	DialPeer                            // the tunnel port of another node
-	DialPlain                           // an address that no identity claims
+	DialPlain                           // an address that no identity claims, or for a caller that is not enforced
 )
 
 // DialRequest asks for a socket inside a network namespace of this node.

@@ -881,6 +881,23 @@ func TestTunnelRefused(t *testing.T) {
 	})
 }
 
+// TestNoTunnelInAudit holds that a caller whose policy only observes reaches
+// what it reached before, where the other node has no tunnel.
+func TestNoTunnelInAudit(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := newNode(t, authority(t), nodeOptions{goroutines: goroutines, plan: changed(t, "mode: enforce, mayCall: [server]", "mode: audit, mayCall: [server]"),
+			ids: map[flow.IdentityNumber]string{clientNumber: clientID}, addresses: []NetnsAddresses{{clientNetns, []netip.Addr{clientAddr}}}})
+		n.app(http.HandlerFunc(reflect), 80)
+		resp, err := ask(t, dialTCP(t, n.out(clientNumber, serverPort(80))), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatal(resp, err)
+		}
+		if r := n.recorded(flow.ReasonLineRefused); !r.WouldDeny {
+			t.Errorf("record %+v", r)
+		}
+	})
+}
+
 func TestView(t *testing.T) {
 	v := (&view{plan: plan(t, "enforce"), local: []LocalIdentity{{serverNumber, serverID}, {clientNumber, clientID}},
 		addresses: []NetnsAddresses{{1, []netip.Addr{clientAddr, netip.MustParseAddr("10.0.9.9")}}, {2, []netip.Addr{serverAddr}}, {3, []netip.Addr{netip.MustParseAddr("10.0.9.9")}}}}).build()

@@ -98,8 +98,8 @@ func (c *call) refuseEarly() {
 	c.deny(false)
 }
 
-// plain carries a connection to an address that nobody claims any more; the
-// agent says whether it may.
+// plain carries a connection as it is, to an address that nobody claims, or
+// for a caller whose policy only observes; the agent says whether it may.
 func (c *call) plain() {
 	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number})
 	if err != nil {
@@ -134,7 +134,15 @@ func (c *call) remote() {
 			r = &refusal{flow.StageUpstream, flow.ReasonTunnelRefused,
 				"the other node refused with status " + strconv.Itoa(refused.Status) + " " + refused.Reason}
 		}
-		c.fail(r)
+		if c.enforced() || c.reason != flow.ReasonOK {
+			c.fail(r)
+			return
+		}
+		// A caller whose policy only observes goes on as it would without us:
+		// the other node may have no tunnel at all.
+		c.refuse(r.stage, r.reason, r.detail)
+		c.record(0, 0)
+		c.plain()
 		return
 	}
 	c.onward = s
