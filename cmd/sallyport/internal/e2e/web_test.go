@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/sallyport-dev/sallyport/agent/testenv"
+)
+
+// web is an nginx: files below /files/, uploads by PUT to /up/.
+type web struct {
+	t    *testing.T
+	dir  string
+	port int
+	*program
+}
+
+const bigSize = 64 << 20
+
+// startNginx starts nginx in a cgroup and a namespace and waits until it
+// listens, which is seen in its own log and not by a call.
+func startNginx(t *testing.T, cgroup string, ns *testenv.Netns, port int) *web {
+	t.Helper()
+	w := &web{t: t, dir: folder(t), port: port}
+	for _, d := range []string{"files", "up", "tmp"} {
+		if err := os.Mkdir(filepath.Join(w.dir, d), 0o777); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(filepath.Join(w.dir, d), 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(w.dir, "files", "hello"), []byte("hello\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	config := fmt.Sprintf(`daemon off;
+worker_processes 2;
+pid %[1]s/nginx.pid;
+error_log %[1]s/error.log notice;
+events { worker_connections 512; }
+http {
+  log_format seen '$remote_addr:$remote_port $request_method $uri $status $http_x_forwarded_client_cert';
+  access_log %[1]s/access.log seen;
+  client_body_temp_path %[1]s/tmp/body;
+  proxy_temp_path %[1]s/tmp/proxy;
+  fastcgi_temp_path %[1]s/tmp/fastcgi;
+  uwsgi_temp_path %[1]s/tmp/uwsgi;
+  scgi_temp_path %[1]s/tmp/scgi;
+  client_max_body_size 0;
+  keepalive_requests 100000;
+  server {
+    listen 0.0.0.0:%[2]d;
+    listen [::]:%[2]d;
+    root %[1]s;
+    location /files/ { }
+    location /up/ { dav_methods PUT; }
+  }
+}
+`, w.dir, port)
+	if err := os.WriteFile(filepath.Join(w.dir, "nginx.conf"), []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.program = start(t, cgroup, ns, exec.Command("nginx", "-e", w.dir+"/error.log", "-p", w.dir, "-c", w.dir+"/nginx.conf"))
+	eventually(t, "nginx to run", func() string {
+		select {
+		case <-w.done:
+			t.Fatalf("nginx ended: %v %s %s", w.err, w.errs, w.log("error.log"))
+		default:
+		}
+		if strings.Count(w.log("error.log"), "start worker process ") < 2 {
+			return w.log("error.log")
+		}
+		return ""
+	})
+	// Its workers are not its only children: the cgroup goes with the node.
+	return w
+}
+
+func (w *web) log(name string) string {
+	b, _ := os.ReadFile(filepath.Join(w.dir, name))
+	return string(b)
+}
+
+// accesses counts what nginx's access log holds.
+func (w *web) accesses() int { return strings.Count(w.log("access.log"), "\n") }
+
+// big makes a file of 64 MiB and returns its digest.
+func (w *web) big() string {
+	w.t.Helper()
+	b := make([]byte, bigSize)
+	rand.Read(b)
+	if err := os.WriteFile(filepath.Join(w.dir, "files", "big"), b, 0o644); err != nil {
+		w.t.Fatal(err)
+	}
+	return digest(b)
+}
+
+func digest(b []byte) string {
+	s := sha256.Sum256(b)
+	return hex.EncodeToString(s[:])
+}
+
+func fileDigest(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	return digest(b)
+}
+
+// curl runs curl and returns what it wrote; -sS and a bound on time are given.
+func curl(t *testing.T, cgroup string, ns *testenv.Netns, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.Command("curl", append([]string{"-sS", "--max-time", "80", "--noproxy", "*"}, args...)...)
+	var out lockedBuffer
+	cmd.Stdout = &out
+	cmd.Stdin = strings.NewReader("")
+	p := start(t, cgroup, ns, cmd)
+	<-p.done
+	if p.err != nil {
+		return out.String(), fmt.Errorf("%w: %s", p.err, strings.TrimSpace(p.errs.String()))
+	}
+	return out.String(), nil
+}
+
+// code calls a URL and returns the status and, of a refusal, its reason; what
+// curl could not do is "refused: ...".
+func code(t *testing.T, cgroup string, ns *testenv.Netns, url string, args ...string) string {
+	t.Helper()
+	out, err := curl(t, cgroup, ns, append([]string{"-w", "\n%{http_code}", url}, args...)...)
+	if err != nil {
+		return "refused: " + err.Error()
+	}
+	i := strings.LastIndexByte(out, '\n')
+	status, body := out[i+1:], out[:i]
+	if _, rest, ok := strings.Cut(body, `"reason":"`); ok {
+		reason, _, _ := strings.Cut(rest, `"`)
+		status += " " + reason
+	}
+	return status
+}
+
+func hostPort(host string, port int) string { return net.JoinHostPort(host, fmt.Sprint(port)) }
