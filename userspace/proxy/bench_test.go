@@ -86,7 +86,7 @@ func BenchmarkRequest(b *testing.B) {
 // -benchtime is ignored.
 func BenchmarkWrk(b *testing.B) {
 	addr := startNginx(b, nil)
-	for _, conns := range []string{"1", "64"} {
+	for _, conns := range []string{"1", "64", "512"} {
 		for _, goroutines := range []bool{false, true} {
 			b.Run(fmt.Sprintf("same node/c=%s/goroutines=%v", conns, goroutines), func(b *testing.B) {
 				n := oneNode(b, nodeOptions{goroutines: goroutines})
