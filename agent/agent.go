@@ -88,6 +88,7 @@ type Agent struct {
 	// mu serialises reconcile, and guards what it works on.
 	mu         sync.Mutex
 	in         inputs
+	applied    *compile.Plan // what the last reconcile brought into force
 	namespaces map[uint64]*namespace
 	ambiguous  map[string]bool // health problems raised for ambiguous workloads
 	current    context.Context // ends with Run

@@ -103,11 +103,12 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	if s := a.session.Load(); s != nil {
 		errs = append(errs, s.sendView(v, a.in.files))
 	}
-	if before != a.in.plan {
+	if a.applied != a.in.plan {
 		a.followIssuers()
 	}
 	errs = append(errs, a.reserve(v), a.voidVerdicts(v, before), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.dropNamespaces()
+	a.applied = a.in.plan
 	err = errors.Join(errs...)
 	a.again.Store(err != nil)
 	a.health.Check("reconcile", metrics.Unhealthy, err, "see the log; what is enforced refuses meanwhile, and it is tried again")
