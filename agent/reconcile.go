@@ -106,7 +106,7 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	if a.applied != a.in.plan {
 		a.followIssuers()
 	}
-	errs = append(errs, a.reserve(v), a.voidVerdicts(v, before), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
+	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.dropNamespaces()
 	a.applied = a.in.plan
 	err = errors.Join(errs...)
