@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
@@ -185,6 +186,11 @@ func (c *call) stop(err error) bool {
 		return false
 	case errors.As(err, &fault):
 		c.refuse(flow.StageProtocol, fault.Reason, fault.Text)
+		if !c.d.Enforced && !c.started {
+			c.record(0, 0)
+			c.passOn()
+			return false
+		}
 	case errors.As(err, &r):
 		c.refuse(r.stage, r.reason, r.detail)
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -212,6 +218,9 @@ func (c *call) skipBody() bool {
 func (c *call) inspect(req *flow.Request) error {
 	if c.api == nil || c.api.Body.Inspect == 0 || c.head.ContentLength == 0 {
 		return nil
+	}
+	if c.peer.ID == "" && c.api.MTLS == compile.MTLSRequired {
+		return nil // nothing is held for who is refused anyway
 	}
 	limit := c.api.Body.Inspect
 	if c.head.ContentLength > int64(limit) || c.head.Expect || c.encoded() {
@@ -351,12 +360,19 @@ func (c *call) pumpBody(client netloop.Stream, upstream *netloop.Conn) error {
 	serial := c.serial
 	for !c.body.Done() {
 		c.room(netloop.BufferSize)
-		_ = client.SetReadDeadline(time.Now().Add(c.p.opt.BodyTimeout))
+		limit := c.p.opt.BodyTimeout
+		if c.body.UntilClose() {
+			limit = c.p.opt.RelayIdle
+		}
+		_ = client.SetReadDeadline(time.Now().Add(limit))
 		n, err := client.Read(c.buf[c.w:])
 		if c.serial != serial {
 			return netloop.ErrClosed
 		}
 		if n == 0 && err != nil {
+			if errors.Is(err, io.EOF) && c.body.UntilClose() {
+				return upstream.CloseWrite()
+			}
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
@@ -364,8 +380,13 @@ func (c *call) pumpBody(client netloop.Stream, upstream *netloop.Conn) error {
 		}
 		c.w += n
 		used, err := c.body.Next(c.buf[c.r:c.w])
-		if err != nil {
+		if err != nil && c.enforced() {
 			return err
+		}
+		if err != nil {
+			// Where the content ends cannot be said: all that comes goes on.
+			c.noteFault(err)
+			c.body, used = http1.UntilClose(), c.w-c.r
 		}
 		if _, err := upstream.Write(c.buf[c.r : c.r+used]); err != nil {
 			return err
@@ -379,6 +400,18 @@ func (c *call) pumpBody(client netloop.Stream, upstream *netloop.Conn) error {
 		}
 	}
 	return nil
+}
+
+// noteFault records what an enforcing policy would have refused, while the
+// request itself goes on.
+func (c *call) noteFault(err error) {
+	if fault, ok := errors.AsType[*http1.Error](err); ok {
+		allowed := c.d
+		c.d.Steps = nil
+		c.refuse(flow.StageProtocol, fault.Reason, fault.Text)
+		c.record(0, 0)
+		c.d = allowed
+	}
 }
 
 // stopPump ends a body that nobody waits for any more.

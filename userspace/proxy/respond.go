@@ -76,8 +76,9 @@ func (a *response) relay(head bool) (bool, error) {
 	body := c.resp.BodyFor(head)
 	keep := !c.head.Close && !c.resp.Close && !body.UntilClose()
 	var add []byte
-	if keep && c.resp.Minor > 0 && (c.pumping || c.ending()) {
-		keep, add = false, closeLine
+	keep = keep && !c.pumping && !c.ending()
+	if !keep && c.resp.Minor > 0 {
+		add = closeLine
 		c.resp.DropConnection()
 	}
 	at := a.r + c.resp.Len
@@ -224,15 +225,13 @@ func (a *response) passOn(err error) {
 		c.refuse(flow.StageUpstream, flow.ReasonUpstream, "the response cannot be read: "+fault.Text)
 	}
 	c.record(0, 0)
-	if c.pumping {
-		// Both directions are one stream from here on.
-		for c.pumping {
-			if c.t.Wait(&c.pumped) != nil {
-				return
-			}
-		}
-	}
 	if a.write(a.buf[a.r:a.w]) != nil {
+		return
+	}
+	if c.pumping {
+		// The other direction is under way: from here on to its end, too.
+		c.body = http1.UntilClose()
+		a.passRest()
 		return
 	}
 	if c.w > c.r {
@@ -241,4 +240,30 @@ func (a *response) passOn(err error) {
 		}
 	}
 	c.relay(c.upstream)
+}
+
+// passRest carries what comes from the application, up to its end, and waits
+// for the other direction.
+func (a *response) passRest() {
+	c := a.c
+	for {
+		_ = c.upstream.SetReadDeadline(time.Now().Add(c.p.opt.RelayIdle))
+		n, err := c.upstream.Read(a.buf)
+		if n > 0 && a.write(a.buf[:n]) != nil {
+			return
+		}
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if n == 0 && err != nil {
+			abort(c.client)
+			return
+		}
+	}
+	_ = c.client.CloseWrite()
+	for c.pumping {
+		if c.t.Wait(&c.pumped) != nil {
+			return
+		}
+	}
 }

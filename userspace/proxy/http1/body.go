@@ -87,6 +87,10 @@ func nameHash(name []byte) uint32 {
 	return h
 }
 
+// UntilClose returns the body of a message whose content ends with the
+// connection.
+func UntilClose() Body { return Body{kind: bodyClose} }
+
 // Done says whether the content is complete. Content that ends with the
 // connection never is.
 func (b *Body) Done() bool {
