@@ -46,6 +46,10 @@ race: ## the race detector over what is concurrent
 e2e: build ## the demo, judged, and its proof that it can fail (root)
 	bin/sallyport demo -o json
 
+bench: build ## measures Sallyport beside nginx and haproxy, into docs/performance.md; half an hour, on an idle machine (root)
+	@$(MAKE) --no-print-directory deps APT_PACKAGES='$(APT_PACKAGES) libnginx-mod-stream haproxy'
+	go run ./cmd/sallyport/internal/bench -write docs/performance.md $(BENCH_FLAGS)
+
 lint: ## golangci-lint with the chosen list
 	go run $(GOLANGCI) run ./...
 

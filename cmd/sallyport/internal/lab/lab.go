@@ -8,15 +8,19 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/agent/sockdiag"
 )
 
 // Lab is the ground that nodes stand on: network namespaces joined by veth
@@ -247,4 +251,17 @@ func (l *Lab) AwaitListener(ctx context.Context, space, addr string, p *Process)
 			return c.Close()
 		}) == nil
 	})
+}
+
+// Listening says whether a socket listens at an IPv4 address in a namespace,
+// by what the kernel knows: nothing is connected to, so that it tells of a
+// protected server too.
+func (l *Lab) Listening(space string, addr netip.AddrPort) bool {
+	c, err := sockdiag.Open(int(l.spaces[space]))
+	if err != nil {
+		return false
+	}
+	defer c.Close() //nolint:errcheck // nothing to be done about it
+	list, err := c.List(sockdiag.Listen)
+	return err == nil && slices.ContainsFunc(list, func(s sockdiag.Socket) bool { return s.Local == addr })
 }

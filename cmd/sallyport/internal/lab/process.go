@@ -74,6 +74,13 @@ func (l *Lab) Start(space, cgroup, name string, stdout *os.File, argv ...string)
 // PID is the process's id, valid until Done is closed.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
+// CPU is the time that the process has used, with the children that it waited
+// for, once Done is closed.
+func (p *Process) CPU() time.Duration {
+	s := p.cmd.ProcessState
+	return s.UserTime() + s.SystemTime()
+}
+
 // Kill ends the process at once and waits until it is gone.
 func (p *Process) Kill() {
 	select {
