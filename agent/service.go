@@ -330,6 +330,7 @@ func (a *Agent) metricSources() metrics.Sources {
 			entries, _ := a.revoked.List()
 			return len(entries)
 		},
+		UserspaceUp:         func() bool { return a.super.Status().PID != 0 && a.session.Load() != nil },
 		ObservationsRefused: a.hub.Refused,
 	}
 }
