@@ -23,14 +23,12 @@ const (
 	ReasonAmbiguousIdentity  Reason = "ambiguous_identity"  // two MachineIdentities match one workload
 	ReasonIdentityExpired    Reason = "identity_expired"    // past MachineIdentity.expires
 	ReasonPeerMismatch       Reason = "peer_mismatch"       // the other end is not the identity that the address belongs to
-	ReasonServerIdentity     Reason = "server_identity"     // who listens is not the protected identity
 	ReasonScope              Reason = "certificate_scope"   // an ID that the issuing node may not issue
 	ReasonCertificateRevoked Reason = "certificate_revoked" // serial, ID or node revoked
 	ReasonIdentityRevoked    Reason = "identity_revoked"    // the caller's identity is revoked
 	ReasonNotThisNode        Reason = "not_this_node"       // a CONNECT authority that is not protected here
 	ReasonForwardedAddress   Reason = "forwarded_address"   // a client address that is neither the peer's nor one of its identity's
 	ReasonNoFlow             Reason = "no_flow"             // a connection to our listener that the kernel did not send
-	ReasonUnconfined         Reason = "unconfined"          // the workload holds a capability that evades enforcement
 )
 
 // Certificates: what userspace/identity refuses in a peer's chain.
@@ -67,7 +65,6 @@ const (
 	ReasonEgress       Reason = "egress"        // outside the mesh and not in the source's egress
 	ReasonCondition    Reason = "condition"     // `when` is false
 	ReasonConditionErr Reason = "condition_err" // `when` cannot be evaluated
-	ReasonPosture      Reason = "posture"       // a posture requirement is not met
 	ReasonNotReady     Reason = "not_ready"     // no policy set has been loaded yet
 )
 
@@ -165,7 +162,7 @@ func (r Reason) Status() int {
 	case ReasonUpstream, ReasonTunnel, ReasonTunnelRefused:
 		return 502
 	case ReasonUpstreamGone, ReasonOverload, ReasonNotReady, ReasonTokenKeysStale, ReasonTokenUnavailable,
-		ReasonRelationUnavailable, ReasonLineRefused, ReasonServerIdentity:
+		ReasonRelationUnavailable, ReasonLineRefused:
 		return 503
 	}
 	return 403
