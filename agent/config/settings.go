@@ -46,7 +46,7 @@ var settings = []setting{
 	{key: "identity.tpm", help: "TPM that holds the node key: auto, none, or a device or socket", set: into(func(c *Config) *string { return &c.Identity.TPM }, tpm)},
 	{key: "identity.requireTPM", help: "refuse to start with a software key", bool: true, set: into(func(c *Config) *bool { return &c.Identity.RequireTPM }, boolean)},
 	{key: "identity.authority.address", help: "address of the authority, HOST:PORT", set: into(func(c *Config) *string { return &c.Identity.Authority.Address }, optional(hostPort))},
-	{key: "identity.authority.token", help: "file that holds the join token", set: into(func(c *Config) *Secret { return &c.Identity.Authority.Token }, secret)},
+	{key: "identity.authority.token", help: "join token, or the path of the file that holds it", set: into(func(c *Config) *Secret { return &c.Identity.Authority.Token }, secret)},
 	{key: "identity.bundles", help: "files with roots of other trust domains", list: true, setList: bundles},
 	{key: "identity.leafTTL", help: "lifetime of a workload's certificate", set: into(func(c *Config) *time.Duration { return &c.Identity.LeafTTL }, duration(2*time.Second, 24*time.Hour))},
 	{key: "relation.engine", help: "engine of relations: embedded", set: into(func(c *Config) *string { return &c.Relation.Engine }, oneOf("embedded"))},

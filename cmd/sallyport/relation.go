@@ -34,12 +34,12 @@ func newRelation() *cobra.Command {
 	tuple := func(args []string) []*controlpb.Tuple {
 		return []*controlpb.Tuple{{User: args[0], Relation: args[1], Object: args[2]}}
 	}
-	for op, done := range map[string]string{"write": "written", "delete": "deleted"} {
+	for _, v := range []struct{ op, short, done string }{{"write", "Write a relation", "written"}, {"delete", "Delete a relation", "deleted"}} {
 		c.AddCommand(&cobra.Command{
-			Use: op + " USER RELATION OBJECT", Short: "Have a relation " + done, Args: cobra.ExactArgs(3),
+			Use: v.op + " USER RELATION OBJECT", Short: v.short, Args: cobra.ExactArgs(3),
 			RunE: func(c *cobra.Command, args []string) error {
-				return run(c, &controlpb.RelationRequest{Op: op, Tuples: tuple(args)}, func(*controlpb.RelationReply) error {
-					fmt.Fprintln(c.OutOrStdout(), done)
+				return run(c, &controlpb.RelationRequest{Op: v.op, Tuples: tuple(args)}, func(*controlpb.RelationReply) error {
+					fmt.Fprintln(c.OutOrStdout(), v.done)
 					return nil
 				})
 			},

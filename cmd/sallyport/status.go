@@ -92,7 +92,7 @@ func statusText(w io.Writer, s *controlpb.StatusReply) error {
 		fmt.Fprintf(w, "%s: %s\n  what to do: %s\n", p.GetSeverity(), p.GetText(), p.GetRemedy())
 	}
 	for _, f := range s.GetFeatures() {
-		fmt.Fprintln(w, "kernel:", f.GetLost())
+		fmt.Fprintln(w, "lost on this kernel:", f.GetLost())
 	}
 	fmt.Fprintln(w)
 	err := table(w, func(row func(...any)) {
