@@ -3,6 +3,7 @@
 package proxy
 
 import (
+	"bytes"
 	"crypto/tls"
 	"net/http"
 	"net/netip"
@@ -66,8 +67,11 @@ type call struct {
 
 	// The request body, while it goes on beside the response.
 	body    http1.Body
-	started bool // something of the request has gone to the application
-	old     bool // HTTP/1.0
+	sent    []byte // the head that went to the application, of an exchange that lasts
+	sentAt  [2]int // where it lies in buf, until something else is received
+	round   uint64 // counts exchanges
+	started bool   // something of the request has gone to the application
+	old     bool   // HTTP/1.0
 	pumping bool
 	pumpErr error
 	pumped  netloop.Event
@@ -104,12 +108,15 @@ func (c *call) release() {
 	c.putBuffer()
 	steps := c.d.Steps[:0]
 	clear(c.d.Steps[:cap(c.d.Steps)])
-	fresh := call{p: c.p, l: c.l, serial: c.serial + 1, scratch: c.scratch[:0], add: c.add[:0]}
+	fresh := call{p: c.p, l: c.l, serial: c.serial + 1, scratch: c.scratch[:0], add: c.add[:0], sent: c.sent[:0]}
 	fresh.head.Fields, fresh.resp.Fields = forget(c.head.Fields), forget(c.resp.Fields)
 	*c = fresh
 	c.d.Steps = steps
 	if cap(c.scratch) > 4<<10 {
 		c.scratch = nil
+	}
+	if clear(c.sent[:cap(c.sent)]); cap(c.sent) > 4<<10 {
+		c.sent = nil
 	}
 	if len(c.l.calls) < spareCalls {
 		c.l.calls = append(c.l.calls, c)
@@ -259,7 +266,7 @@ func (c *call) watch(opaque bool) bool {
 			}
 		})
 	}
-	if opaque {
+	if opaque || len(c.sent) > 0 {
 		s.Recheck = func() {
 			engine.Post(loop, func(t *netloop.Task) {
 				if c.serial == serial {
@@ -276,18 +283,26 @@ func (c *call) watch(opaque bool) bool {
 	if c.p.opt.Pipeline.Generation() == c.generation {
 		return true
 	}
-	if !opaque {
+	if s.Recheck == nil {
 		return true // the next request is judged anew
 	}
 	c.recheck(c.t, c.serial)
 	return c.reason == flow.ReasonOK
 }
 
-// recheck judges an opaque call again.
+// recheck judges an opaque call, or an exchange that lasts, again.
 func (c *call) recheck(t *netloop.Task, serial uint64) {
 	c.resolve()
-	now := time.Now()
+	now, round := time.Now(), c.round
 	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.req.Peer, Destination: c.dst, Protocol: c.req.Protocol, Host: c.host}
+	if len(c.sent) > 0 {
+		var h http1.Request
+		if h.Parse(bytes.Clone(c.sent)) != nil {
+			return // it was parsed before
+		}
+		req.Method, req.Path, req.Query, req.Host = text(h.Method), text(h.Path), text(h.Query), text(h.Host)
+		req.Headers, req.ContentLength = h.Fields, h.ContentLength
+	}
 	var d flow.Decision
 	env := pipeline.Env{Loop: c.l.judge, Task: t}
 	if c.leaving {
@@ -295,7 +310,7 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 	} else {
 		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, &d)
 	}
-	if c.serial == serial && d.Refused() {
+	if c.serial == serial && c.round == round && d.Refused() {
 		reason := flow.ReasonPolicyChanged
 		if d.Reason == flow.ReasonIdentityRevoked || d.Reason == flow.ReasonCertificateRevoked {
 			reason = flow.ReasonRevoked

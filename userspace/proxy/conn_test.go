@@ -496,6 +496,61 @@ func TestPolicyChange(t *testing.T) {
 	})
 }
 
+// TestPolicyChangeInResponse holds that a response that is under way is cut
+// when a new plan does not allow its request, and goes on when it does.
+func TestPolicyChangeInResponse(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		next := make(chan struct{})
+		app.app(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.ReadAll(r.Body)
+			for {
+				io.WriteString(w, "tick")
+				w.(http.Flusher).Flush()
+				select {
+				case <-next:
+				case <-r.Context().Done():
+					return
+				}
+			}
+		}), 80)
+		addr := in.out(clientNumber, serverPort(80))
+		for _, body := range []int{0, 3, 100_000} {
+			conn := dialTCP(t, addr)
+			go fmt.Fprintf(conn, "POST /stream HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", body, strings.Repeat("x", body))
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tick := func() error {
+				_, err := io.ReadFull(resp.Body, make([]byte, 4))
+				return err
+			}
+			for range 2 { // the second registers it
+				if err := tick(); err != nil {
+					t.Fatal(err)
+				}
+				next <- struct{}{}
+			}
+			app.proxy.SetPlan(plan(t, "enforce"), 2)
+			if err := tick(); err != nil {
+				t.Fatalf("the same rules again: %v", err)
+			}
+			next <- struct{}{}
+			if err := tick(); err != nil {
+				t.Fatalf("the same rules again: %v", err)
+			}
+			app.proxy.SetPlan(changed(t, `{name: all, from: [client], http: ["* /**"]}
+    - {name: no-debug`, `{name: all, from: [client], http: ["* /other/**"]}
+    - {name: no-debug`), 3)
+			if b, err := io.ReadAll(resp.Body); err == nil {
+				t.Errorf("it ended with %q", b)
+			}
+			app.recorded(flow.ReasonPolicyChanged)
+			app.proxy.SetPlan(plan(t, "enforce"), 4)
+		}
+	})
+}
+
 // TestRotation has leaves that live two seconds under traffic; nothing may
 // be lost.
 func TestRotation(t *testing.T) {

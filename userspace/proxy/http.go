@@ -324,7 +324,10 @@ func (c *call) exchange() bool {
 	}
 	c.r = at + n
 	c.started, c.pumpErr = true, nil
+	c.round++
+	c.sent, c.sentAt = c.sent[:0], [2]int{begin, at}
 	if !c.body.Done() {
+		c.keepHead() // the body takes its place
 		c.pumping = true
 		c.t.Go(c.pump)
 	}
@@ -340,6 +343,14 @@ func (c *call) exchange() bool {
 		c.linger()
 	}
 	return keep
+}
+
+// keepHead copies the head that was sent, so that an exchange that lasts can
+// be judged again.
+func (c *call) keepHead() {
+	if len(c.sent) == 0 {
+		c.sent = append(c.sent, c.buf[c.sentAt[0]:c.sentAt[1]]...)
+	}
 }
 
 // pump carries the rest of the request body while the response may already

@@ -104,6 +104,7 @@ func (a *response) relay(head bool) (bool, error) {
 	if a.lasting {
 		// The connection outlives what allowed this request.
 		c.d.Until, c.d.Subjects = time.Time{}, [4]string{}
+		c.sent = c.sent[:0]
 		c.watch(false)
 	}
 	if a.r != a.w {
@@ -171,6 +172,7 @@ func (a *response) room() {
 // last registers an exchange that takes its time.
 func (a *response) last() {
 	a.lasting = true
+	a.c.keepHead()
 	a.c.watch(false)
 }
 
