@@ -59,6 +59,30 @@ type Process struct {
 	PID     int
 	Started time.Time
 	Socket  *line.Socket // the agent's end of the line
+
+	end   chan struct{} // closed by End
+	once  sync.Once
+	ended chan struct{} // closed when it has ended, before Exited is called
+}
+
+// NewProcess returns a process that was started just now, with the agent's
+// end of its line.
+func NewProcess(pid int, socket *line.Socket) *Process {
+	return &Process{PID: pid, Started: time.Now(), Socket: socket, end: make(chan struct{}), ended: make(chan struct{})}
+}
+
+// End has the process ended, as at the end of Run: what does not go by itself
+// once its line is closed is killed. It does not wait.
+func (p *Process) End() { p.once.Do(func() { close(p.end) }) }
+
+// Ended says whether the process has ended. It has before Exited is called.
+func (p *Process) Ended() bool {
+	select {
+	case <-p.ended:
+		return true
+	default:
+		return false
+	}
 }
 
 // Status is what a Supervisor knows about its process.
@@ -226,10 +250,11 @@ func (s *Supervisor) start() (*Process, *exec.Cmd, error) {
 		socket.Close()
 		return nil, nil, fmt.Errorf("check privilege of userspace: %w", err)
 	}
-	return &Process{PID: cmd.Process.Pid, Started: time.Now(), Socket: socket}, cmd, nil
+	return NewProcess(cmd.Process.Pid, socket), cmd, nil
 }
 
-// attend waits for the process to end, and ends it where ctx does.
+// attend waits for the process to end, and ends it where ctx does or End says
+// so.
 func (s *Supervisor) attend(ctx context.Context, p *Process, cmd *exec.Cmd) error {
 	s.mu.Lock()
 	s.status.PID, s.status.Started = p.PID, p.Started
@@ -243,6 +268,7 @@ func (s *Supervisor) attend(ctx context.Context, p *Process, cmd *exec.Cmd) erro
 		s.sweep()
 		return err
 	case <-ctx.Done():
+	case <-p.end:
 	}
 	// The end of the line tells it: listeners at once, connections after
 	// their grace.
@@ -261,6 +287,7 @@ func (s *Supervisor) attend(ctx context.Context, p *Process, cmd *exec.Cmd) erro
 
 func (s *Supervisor) ended(p *Process, err error) {
 	p.Socket.Close()
+	close(p.ended)
 	s.mu.Lock()
 	s.status.PID, s.status.LastExit = 0, describe(err)
 	s.mu.Unlock()

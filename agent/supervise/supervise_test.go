@@ -469,6 +469,36 @@ func TestStubbornProcessIsKilled(t *testing.T) {
 	}
 }
 
+// A process that hangs is ended when it is asked for, and the next one
+// started.
+func TestHangingProcessIsEnded(t *testing.T) {
+	cg := testenv.NewCgroup(t, nil)
+	h := supervise(t, Options{
+		Args: []string{"userspace", "stubborn"}, Grace: 20 * time.Millisecond, MinBackoff: time.Millisecond, Cgroup: filepath.Join(cg.Path, "userspace"),
+	})
+	p := wait(t, h.started)
+	if p.Ended() {
+		t.Error("it ended by itself")
+	}
+	p.End()
+	p.End()
+	if err := wait(t, h.exited); err == nil || err.Error() != "signal: killed" {
+		t.Fatalf("ended with %v", err)
+	}
+	if !p.Ended() {
+		t.Error("it is not said to have ended")
+	}
+	if next := wait(t, h.started); next.PID == p.PID || next.Ended() {
+		t.Errorf("then started: %+v", next)
+	}
+	if err := h.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := testenv.RemoveCgroup(filepath.Join(cg.Path, "userspace")); err != nil {
+		t.Error(err)
+	}
+}
+
 // agentProcess supervises a process that ignores the end of its line, and
 // says its number.
 func agentProcess(cgroup string) {
