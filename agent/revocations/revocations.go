@@ -142,6 +142,16 @@ func (s *Store) OnChange(f func(entries []Entry, generation uint64)) {
 // Revoke adds an entry, and replaces one of the same kind and value. ttl is
 // how long it holds, 0 for good. It is on disk when Revoke returns.
 func (s *Store) Revoke(kind Kind, value string, ttl time.Duration, reason, by string) (Entry, error) {
+	return s.add(kind, value, ttl, reason, by, true)
+}
+
+// Extend is Revoke for who may revoke and not lift: an entry that holds as
+// long, or longer, stays as it is and is returned.
+func (s *Store) Extend(kind Kind, value string, ttl time.Duration, reason, by string) (Entry, error) {
+	return s.add(kind, value, ttl, reason, by, false)
+}
+
+func (s *Store) add(kind Kind, value string, ttl time.Duration, reason, by string, replace bool) (Entry, error) {
 	if ttl < 0 {
 		return Entry{}, fmt.Errorf("revoke %s: a negative ttl", kind)
 	}
@@ -156,7 +166,11 @@ func (s *Store) Revoke(kind Kind, value string, ttl time.Duration, reason, by st
 	}
 	next, _ := s.present()
 	k := key{kind, value}
-	if _, had := next[k]; !had && len(next) >= MaxEntries {
+	old, had := next[k]
+	if had && !replace && (old.Until.IsZero() || !e.Until.IsZero() && !e.Until.After(old.Until)) {
+		return old, nil
+	}
+	if !had && len(next) >= MaxEntries {
 		return Entry{}, ErrFull
 	}
 	next[k] = e

@@ -78,6 +78,44 @@ func TestRevokeOutlivesReopen(t *testing.T) {
 	}
 }
 
+// Who may only extend shortens nothing: neither what an operator revoked for
+// good nor what holds for longer.
+func TestExtendNeverShortens(t *testing.T) {
+	for _, c := range []struct {
+		name        string
+		had, ttl    time.Duration // had < 0: nothing
+		want        time.Duration // 0: for good
+		by          string
+		generations uint64
+	}{
+		{"nothing there", -1, time.Minute, time.Minute, "score", 1},
+		{"for good", 0, time.Minute, 0, "root", 1},
+		{"longer", time.Hour, time.Minute, time.Hour, "root", 1},
+		{"as long", time.Minute, time.Minute, time.Minute, "root", 1},
+		{"shorter", time.Second, time.Minute, time.Minute, "score", 2},
+		{"then for good", time.Hour, 0, 0, "score", 2},
+	} {
+		c0 := newClock()
+		s := open(t, t.TempDir(), c0)
+		if c.had >= 0 {
+			if _, err := s.Revoke(Identity, id, c.had, "", "root"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		e, err := s.Extend(Identity, id, c.ttl, "", "score")
+		if err != nil {
+			t.Fatal(err)
+		}
+		held, generation := s.List()
+		if len(held) != 1 || held[0] != e || e.By != c.by || generation != c.generations {
+			t.Errorf("%s: %v at generation %d, answered %v", c.name, held, generation, e)
+		}
+		if c.want == 0 && !e.Until.IsZero() || c.want > 0 && !e.Until.Equal(c0.t.Add(c.want)) {
+			t.Errorf("%s: until %v", c.name, e.Until)
+		}
+	}
+}
+
 func TestRevokeRefuses(t *testing.T) {
 	s := open(t, t.TempDir(), newClock())
 	for _, c := range []struct {
