@@ -229,6 +229,26 @@ func TestDocsSettings(t *testing.T) {
 	}
 }
 
+// TestDocsConfiguration reads every agent.yaml that a page shows.
+func TestDocsConfiguration(t *testing.T) {
+	found := 0
+	for _, page := range pages(t) {
+		for _, m := range fenced.FindAllStringSubmatch(read(t, page), -1) {
+			if m[1] != "yaml agent.yaml" {
+				continue
+			}
+			found++
+			_, problems := config.Load(config.Sources{Hostname: "node", File: page, Content: []byte(m[2])})
+			for _, p := range problems {
+				t.Error(p)
+			}
+		}
+	}
+	if found == 0 {
+		t.Error("no page shows one")
+	}
+}
+
 func TestDocsMetrics(t *testing.T) {
 	page := read(t, "docs/operations.md")
 	names := regexp.MustCompile(`"(sallyport_[a-z_]+)"`).FindAllStringSubmatch(read(t, "agent/metrics/metrics.go"), -1)
