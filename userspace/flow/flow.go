@@ -79,6 +79,7 @@ type Flow struct {
 	Source      netip.AddrPort // the true client
 	Destination netip.AddrPort // the original destination
 	Identity    IdentityNumber // of the workload that opened it, 0 if none
+	Mode        Mode           // in which the kernel held that workload
 }
 
 // Verdict is a decision as the kernel holds it.

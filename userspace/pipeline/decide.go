@@ -31,12 +31,12 @@ func (p *Pipeline) Decide(env Env, req *flow.Request, src *compile.Identity, api
 
 // DecideOutbound judges what can be judged where a call leaves: whether the
 // source may call anything, and whether the destination is within its
-// mayCall. The rest is for the destination's own policy. mode is that of the
-// source's outbound side.
-func (p *Pipeline) DecideOutbound(env Env, req *flow.Request, src, dst *compile.Identity, d *flow.Decision) {
+// mayCall. The rest is for the destination's own policy. It is judged in the
+// mode of the source's outbound side; unknown is that of a source that is nil.
+func (p *Pipeline) DecideOutbound(env Env, req *flow.Request, src, dst *compile.Identity, unknown flow.Mode, d *flow.Decision) {
 	r := env.Loop.take()
 	r.start(p, env, req, src, nil, d)
-	mode := flow.ModeEnforce
+	mode := unknown
 	if src != nil {
 		mode = src.Mode
 	}

@@ -288,7 +288,7 @@ func TestOutbound(t *testing.T) {
 	decide := func(src, dst string, edits ...func(*flow.Request)) flow.Decision {
 		var d flow.Decision
 		r := w.request("", append([]func(*flow.Request){w.as(src), channel(flow.ChannelKernel)}, edits...)...)
-		w.p.DecideOutbound(w.env, r, w.identity(src), w.identity(dst), &d)
+		w.p.DecideOutbound(w.env, r, w.identity(src), w.identity(dst), flow.ModeEnforce, &d)
 		return d
 	}
 	if d := decide("checkout", "payments"); d.Effect != flow.EffectAllow {
@@ -304,9 +304,13 @@ func TestOutbound(t *testing.T) {
 		t.Errorf("expired: %+v", d)
 	}
 	var d flow.Decision
-	w.p.DecideOutbound(w.env, w.request("", anonymous), nil, w.identity("payments"), &d)
+	w.p.DecideOutbound(w.env, w.request("", anonymous), nil, w.identity("payments"), flow.ModeEnforce, &d)
 	if !d.Refused() || d.Reason != flow.ReasonNoIdentity {
 		t.Errorf("no identity: %+v", d)
+	}
+	w.p.DecideOutbound(w.env, w.request("", anonymous), nil, w.identity("payments"), flow.ModeAudit, &d)
+	if d.Refused() || !d.WouldDeny() || d.Reason != flow.ReasonNoIdentity {
+		t.Errorf("no identity, where the kernel is in audit: %+v", d)
 	}
 }
 

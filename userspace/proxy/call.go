@@ -36,8 +36,9 @@ type call struct {
 	serial uint64 // of its use
 
 	client    netloop.Stream
-	netns     uint64 // where the application is
-	fromNetns uint64 // where the client is, on the same node
+	netns     uint64    // where the application is
+	fromNetns uint64    // where the client is, on the same node
+	fromMode  flow.Mode // in which the kernel held it
 	peer      flow.Peer
 	dst       netip.AddrPort
 	targetID  string
@@ -186,8 +187,12 @@ func (c *call) env() pipeline.Env { return pipeline.Env{Loop: c.l.judge, Task: c
 
 // enforced says whether a refusal refuses.
 func (c *call) enforced() bool {
-	if c.leaving && c.src != nil {
-		return c.p.opt.Pipeline.Mode(nil) == flow.ModeEnforce && c.src.Mode == flow.ModeEnforce
+	if c.leaving {
+		mode := c.fromMode
+		if c.src != nil {
+			mode = c.src.Mode
+		}
+		return flow.MinMode(mode, c.p.opt.Pipeline.Mode(nil)) == flow.ModeEnforce
 	}
 	return c.p.opt.Pipeline.Mode(c.api) == flow.ModeEnforce
 }
@@ -306,7 +311,7 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 	var d flow.Decision
 	env := pipeline.Env{Loop: c.l.judge, Task: t}
 	if c.leaving {
-		c.p.opt.Pipeline.DecideOutbound(env, &req, c.src, c.target, &d)
+		c.p.opt.Pipeline.DecideOutbound(env, &req, c.src, c.target, c.fromMode, &d)
 	} else {
 		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, &d)
 	}

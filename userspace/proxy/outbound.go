@@ -5,6 +5,7 @@ package proxy
 import (
 	"errors"
 	"strconv"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
@@ -29,7 +30,12 @@ func (p *Proxy) outbound(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 		conn.Abort()
 		return
 	}
-	v := p.view.Load()
+	c.fromMode = f.Mode
+	v, err := p.recognise(t, f.Identity)
+	if err != nil {
+		conn.Abort()
+		return
+	}
 	caller := v.ids[f.Identity]
 	if !p.take(caller) {
 		conn.Abort()
@@ -39,6 +45,32 @@ func (p *Proxy) outbound(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	c.dst = f.Destination
 	c.peer = flow.Peer{ID: caller, Number: f.Identity, Address: v.client(ns.cookie, f.Source, f.Destination), Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
 	c.leave(v)
+}
+
+const (
+	// recogniseTimeout is how long a caller waits that the kernel knows
+	// already and the agent does not: an exact path is given its identity
+	// before mkdir returns, its processes are found a moment later.
+	recogniseTimeout = 2 * time.Second
+	recogniseEvery   = 5 * time.Millisecond
+)
+
+// recognise returns the view, one with that caller if there is one soon.
+func (p *Proxy) recognise(t *netloop.Task, n flow.IdentityNumber) (*view, error) {
+	v := p.view.Load()
+	if _, known := v.ids[n]; known || n == 0 {
+		return v, nil
+	}
+	for deadline := time.Now().Add(recogniseTimeout); time.Now().Before(deadline); {
+		if err := t.Sleep(recogniseEvery); err != nil {
+			return nil, err
+		}
+		v = p.view.Load()
+		if _, known := v.ids[n]; known {
+			break
+		}
+	}
+	return v, nil
 }
 
 // leave judges what can be judged here and takes the way to the
@@ -52,7 +84,7 @@ func (c *call) leave(v *view) {
 	c.leaving, c.targetID = true, target.ID
 	c.resolve()
 	req := c.begin(flow.ProtocolTCP)
-	c.p.opt.Pipeline.DecideOutbound(c.env(), req, c.src, c.target, &c.d)
+	c.p.opt.Pipeline.DecideOutbound(c.env(), req, c.src, c.target, c.fromMode, &c.d)
 	if c.d.Effect != flow.EffectAllow {
 		c.record(0, 0)
 	}

@@ -318,7 +318,7 @@ func (n *node) out(id flow.IdentityNumber, dst netip.AddrPort) string {
 	n.t.Helper()
 	addr, fd := listener(n.t, "127.0.0.1:0")
 	n.mu.Lock()
-	n.flows[netip.MustParseAddrPort(addr).Port()] = flow.Flow{Destination: dst, Identity: id}
+	n.flows[netip.MustParseAddrPort(addr).Port()] = flow.Flow{Destination: dst, Identity: id, Mode: flow.ModeEnforce}
 	n.mu.Unlock()
 	if err := n.proxy.Serve(fd, KindOutbound, clientNetns); err != nil {
 		n.t.Fatal(err)

@@ -61,11 +61,12 @@ type node struct {
 	dir    string
 	pinDir string
 	// extra are further lines of agent.yaml.
-	extra     string
-	identity  string // the whole line, embedded by default
-	agent     *program
-	client    *control.Client
-	decisions *os.File
+	extra          string
+	identity       string   // the whole line, embedded by default
+	authorityFlags []string // of the shared authority, nil without
+	agent          *program
+	client         *control.Client
+	decisions      *os.File
 }
 
 // newNode makes a node that has not been started. Everything of it is gone at
