@@ -119,6 +119,7 @@ func (s service) workloads(in inputs, v *view) (list []*controlpb.Workload) {
 		}
 		w := &controlpb.Workload{
 			Cgroup: c.Path, CgroupId: c.ID, Identity: c.Identity, Ambiguous: c.Ambiguous, RecognisedBy: c.By, Netns: c.Netns, Processes: uint32(c.Processes),
+			Unconfined: c.Unconfined,
 		}
 		if id := ids[c.Identity]; id != nil {
 			w.SpiffeId, w.Number, w.Mode = id.ID, uint32(v.numbers[id]), v.mode(id.Mode).String()

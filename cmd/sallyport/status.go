@@ -112,7 +112,11 @@ func statusText(w io.Writer, s *controlpb.StatusReply) error {
 			if len(l.GetAmbiguous()) > 0 {
 				name = "ambiguous: " + strings.Join(l.GetAmbiguous(), ", ")
 			}
-			row(l.GetCgroup(), orDash(name), orDash(l.GetRecognisedBy()), l.GetProcesses(), orDash(l.GetMode()))
+			mode := orDash(l.GetMode())
+			if l.GetUnconfined() {
+				mode += ", unconfined"
+			}
+			row(l.GetCgroup(), orDash(name), orDash(l.GetRecognisedBy()), l.GetProcesses(), mode)
 		}
 	})
 	if err != nil {
