@@ -100,6 +100,7 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		Listeners:   p.proxy.CloseListeners,
 		Connections: func() { p.engine.Close() }, //nolint:errcheck // a second Close says so
 		Draining:    p.draining.Load,
+		Idle:        func() bool { return p.engine.Stats().Conns == 0 },
 	}.Watch(p.conn)
 	return nil
 }

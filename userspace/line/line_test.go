@@ -594,6 +594,22 @@ func TestOrphan(t *testing.T) {
 	}
 }
 
+// TestOrphanIdle: once nothing lives the grace need not pass.
+func TestOrphanIdle(t *testing.T) {
+	a, u := pair(t)
+	asked := 0
+	o := Orphan{
+		Listeners: func() {}, Connections: func() {},
+		Idle:  func() bool { asked++; return asked > 2 },
+		Grace: time.Hour,
+	}
+	a.Close()
+	o.Watch(NewConn(u, Options{}))
+	if asked != 3 {
+		t.Errorf("asked %d times, want until it is idle", asked)
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	for _, m := range []*linepb.Message{
 		dial(80), dialReply(), status(10),
