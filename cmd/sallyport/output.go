@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -79,10 +80,11 @@ func ask(ctx context.Context, socket string, f func(context.Context, *control.Cl
 		return err
 	}
 	defer client.Close() //nolint:errcheck // nothing to be done about it
-	if err := f(ctx, client); err != nil {
-		return fmt.Errorf("%s", control.Text(err))
+	err = f(ctx, client)
+	if err == nil || errors.Is(err, errSilent) {
+		return err
 	}
-	return nil
+	return errors.New(control.Text(err))
 }
 
 // when writes a time of the control API for a person.

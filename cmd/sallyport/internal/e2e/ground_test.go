@@ -64,6 +64,7 @@ type node struct {
 	extra          string
 	identity       string   // the whole line, embedded by default
 	authorityFlags []string // of the shared authority, nil without
+	env            []string // beside the test's own
 	agent          *program
 	client         *control.Client
 	decisions      *os.File
@@ -172,6 +173,7 @@ func (n *node) launch() *program {
 	defer log.Close()
 	cmd := exec.Command(sallyport, "agent", "--config", n.path("agent.yaml"))
 	cmd.Stdout, cmd.Stderr = n.decisions, log
+	cmd.Env = append(os.Environ(), n.env...)
 	n.agent = start(n.t, n.cgroup, n.ns, cmd)
 	return n.agent
 }
