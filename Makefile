@@ -22,7 +22,7 @@ RACE_PACKAGES := ./userspace/line ./userspace/netloop ./userspace/token ./usersp
 .PHONY: help build demo test deps unit race e2e lint generate bench vmtest fuzz clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 build: bin/sallyport ## bin/sallyport
 

@@ -55,7 +55,7 @@ var features = []feature{
 // is to watch, "" for the root of the hierarchy.
 func Run(cgroupRoot string) []Check {
 	checks := []Check{
-		check("privilege", true, "root, or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_PTRACE, CAP_SYS_ADMIN", "the agent cannot start", privilege()),
+		check("privilege", true, "root with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_PTRACE, CAP_SYS_ADMIN", "the agent cannot start", privilege()),
 		check("BTF of the kernel", true, "CONFIG_DEBUG_INFO_BTF", "programs cannot be fitted to this kernel", btf()),
 		check("bpffs", true, "CONFIG_BPF_SYSCALL", "what was enforced does not outlive the agent", bpffs()),
 	}
