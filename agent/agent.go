@@ -75,13 +75,15 @@ type Agent struct {
 	super   *supervise.Supervisor
 	records *recordLog
 	scored  budget // of revocations by score
+	waits   waits
 	bundles []identity.TrustDomain
 	ports   sockets.Ports
 	scope   string // cgroup subtree beneath the cgroup2 mount, "/" for all
 	cgroups ownCgroups
 
-	view  atomic.Pointer[view] // what requests are held against
-	again atomic.Bool          // the last reconcile did not get everything done
+	view  atomic.Pointer[view]   // what requests are held against
+	shown atomic.Pointer[inputs] // what the present view is made of, to be shown
+	again atomic.Bool            // the last reconcile did not get everything done
 
 	session atomic.Pointer[session] // to the userspace process, nil while there is none; changed under mu
 
@@ -94,20 +96,31 @@ type Agent struct {
 	current    context.Context // ends with Run
 }
 
-// Run is the whole life of the agent. What is enforced stays enforced when it
-// returns: the pins stay.
-func Run(ctx context.Context, o Options) error {
+// waits are how long the agent waits for the userspace process.
+type waits struct{ ready, policies, patience, question time.Duration }
+
+// newAgent returns an agent of which nothing runs yet; it ends with ctx.
+func newAgent(ctx context.Context, o Options) *Agent {
 	a := &Agent{
 		cfg: o.Config, version: o.Version, log: o.Logger, started: time.Now(),
 		health: metrics.NewHealth(nil), hub: control.NewHub(),
 		namespaces: map[uint64]*namespace{}, ambiguous: map[string]bool{},
-		ports: sockets.Ports{Outbound: o.Config.Listen.Outbound, Inbound: o.Config.Listen.Inbound, Tunnel: o.Config.Listen.Tunnel},
+		ports:   sockets.Ports{Outbound: o.Config.Listen.Outbound, Inbound: o.Config.Listen.Inbound, Tunnel: o.Config.Listen.Tunnel},
+		waits:   waits{ready: readyTimeout, policies: policiesTimeout, patience: policiesPatience, question: questionTimeout},
+		scored:  budget{limit: maxScoredRevocations, window: scoredWindow},
+		current: ctx,
 	}
 	a.records = newRecordLog(o.Decisions, a)
-	a.health.Set("userspace", metrics.Unhealthy, "the userspace process is starting", "wait; what is enforced refuses meanwhile")
+	return a
+}
+
+// Run is the whole life of the agent. What is enforced stays enforced when it
+// returns: the pins stay.
+func Run(ctx context.Context, o Options) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	a.current = ctx
+	a := newAgent(ctx, o)
+	a.health.Set("userspace", metrics.Unhealthy, "the userspace process is starting", "wait; what is enforced refuses meanwhile")
 	closers, err := a.open(ctx, o.Notices)
 	defer func() {
 		for _, c := range slices.Backward(closers) {
@@ -287,7 +300,8 @@ func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
 		})
 	}
 	part("serve control API", func() error { return controls.Serve(listener) })
-	part("keep heartbeat", func() error { return a.tick(ctx) })
+	part("keep heartbeat", func() error { return a.beat(ctx) })
+	part("keep house", func() error { return a.tick(ctx) })
 	part("keep node certificate", func() error { return a.ca.Run(ctx) })
 	part("follow trust", func() error { return a.followTrust(ctx) })
 	part("read kernel events", func() error { return a.readEvents(ctx) })
@@ -326,21 +340,36 @@ func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
 	return first
 }
 
-// tick gives the kernel its sign of life and sweeps what has ended.
-func (a *Agent) tick(ctx context.Context) error {
+// beat gives the kernel its sign of life. Nothing else is done here: it must
+// not come late because something else does.
+func (a *Agent) beat(ctx context.Context) error {
 	beat := time.NewTicker(heartbeatInterval)
 	defer beat.Stop()
-	sweep := time.NewTicker(housekeeping)
-	defer sweep.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-beat.C:
 			a.health.Check("heartbeat", metrics.Unhealthy, a.dp.Heartbeat(), "see the log; without it no call goes direct")
+		}
+	}
+}
+
+// tick looks after what nobody else starts: what failed is tried again, what
+// has ended is swept.
+func (a *Agent) tick(ctx context.Context) error {
+	second := time.NewTicker(countersInterval)
+	defer second.Stop()
+	sweep := time.NewTicker(housekeeping)
+	defer sweep.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-second.C:
 			a.health.Check("node-certificate", metrics.Degraded, textError(a.ca.Problem()), "is the authority reachable? see identity.authority in agent.yaml")
 			a.fetchCounters(ctx)
-			if a.again.Load() {
+			if a.again.Load() || a.view.Load().outdated(time.Now()) {
 				a.reconcile(func(*inputs) {})
 			}
 		case <-sweep.C:

@@ -74,6 +74,7 @@ func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace) error {
 			s.listening[list[i].Local.Port()] = true
 		}
 	}
+	var errs []error
 	for i := range list {
 		if list[i].State == sockdiag.Listen {
 			continue
@@ -83,12 +84,13 @@ func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace) error {
 			continue
 		}
 		if err := c.Destroy(&list[i]); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("close %s to %s: %w", list[i].Local, list[i].Remote, err)
+			errs = append(errs, fmt.Errorf("close %s to %s: %w", list[i].Local, list[i].Remote, err))
+			continue
 		}
 		a.metrics.ConnectionsClosed(reason, 1)
 		a.log.Info("connection closed", "reason", string(reason), "local", list[i].Local, "remote", list[i].Remote, "netns", cookie)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // judge says why a live socket is to be closed, ReasonOK if it is not.
@@ -133,6 +135,9 @@ func (s *sweep) judgeDirect(netns uint64, sock *sockdiag.Socket, id *compile.Ide
 	if s.v.revoked[id.ID] || s.v.revoked[api.Identity.ID] {
 		return flow.ReasonIdentityRevoked
 	}
+	if now := time.Now(); id.Expired(now) || api.Identity.Expired(now) {
+		return flow.ReasonIdentityExpired
+	}
 	return flow.ReasonPolicyChanged
 }
 
@@ -154,6 +159,8 @@ func (s *sweep) permitted(id *compile.Identity, to netip.AddrPort) bool {
 
 // reconcileFlows drops the flow entries whose sockets are gone.
 func (a *Agent) reconcileFlows() error {
+	a.mu.Lock() // the namespaces of the view stay open meanwhile
+	defer a.mu.Unlock()
 	v := a.view.Load()
 	if v == nil {
 		return nil

@@ -107,7 +107,11 @@ func (a *Agent) addressesChanged(ns *namespace, list []netip.Addr) {
 	if same {
 		return
 	}
-	go a.reconcile(func(*inputs) { a.attachInterfaces(ns) })
+	go a.reconcile(func(*inputs) {
+		if a.namespaces[ns.Cookie()] == ns { // it may have been let go of since
+			a.attachInterfaces(ns)
+		}
+	})
 }
 
 // attachInterfaces puts the backstop and the samples on the namespace's
@@ -196,6 +200,11 @@ func (a *Agent) reserve(v *view) error {
 	ports := map[uint64][]uint16{}
 	for at, api := range v.protected {
 		if v.mode(api.Mode) == flow.ModeEnforce {
+			ports[at.Netns] = append(ports[at.Netns], at.Port)
+		}
+	}
+	for at, mode := range v.disputed {
+		if mode == flow.ModeEnforce {
 			ports[at.Netns] = append(ports[at.Netns], at.Port)
 		}
 	}

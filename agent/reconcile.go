@@ -5,6 +5,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -84,6 +85,11 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	defer a.mu.Unlock()
 	before := a.in.plan
 	change(&a.in)
+	if a.current.Err() != nil {
+		return // nothing may be wired any more: what there is is being closed
+	}
+	shown := a.in
+	a.shown.Store(&shown)
 	if before != a.in.plan {
 		a.planChanged()
 	}
@@ -94,27 +100,36 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	errs := []error{a.openNamespaces()}
 	v, err := a.makeView()
 	errs = append(errs, err)
-	if v == nil {
-		a.again.Store(true)
-		a.health.Check("reconcile", metrics.Unhealthy, errors.Join(errs...), "see the log; it is tried again")
-		return
+	if err != nil {
+		// The plan in force stays so; what is revoked and who is gone is not
+		// kept waiting.
+		v = a.view.Load().without(a.in.table, a.in.revoked)
 	}
-	a.view.Store(v)
-	if s := a.session.Load(); s != nil {
-		errs = append(errs, s.sendView(v, a.in.files))
+	if v != nil {
+		errs = append(errs, a.bringInForce(v))
 	}
-	if a.applied != a.in.plan {
-		a.followIssuers()
-	}
-	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.dropNamespaces()
-	a.applied = a.in.plan
 	err = errors.Join(errs...)
 	a.again.Store(err != nil)
 	a.health.Check("reconcile", metrics.Unhealthy, err, "see the log; what is enforced refuses meanwhile, and it is tried again")
 	if err != nil {
 		a.log.Error("state not brought in line", "err", err)
 	}
+}
+
+// bringInForce makes a view what userspace and the kernel go by.
+func (a *Agent) bringInForce(v *view) error {
+	var errs []error
+	a.view.Store(v)
+	if s := a.session.Load(); s != nil && v.plan == a.in.plan {
+		errs = append(errs, s.sendView(v, a.in.files))
+	}
+	if a.applied != v.plan {
+		a.followIssuers(v.plan)
+	}
+	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
+	a.applied = v.plan
+	return errors.Join(errs...)
 }
 
 // planChanged tells those who follow the plan and not the view.
@@ -132,8 +147,8 @@ func (a *Agent) planChanged() {
 
 // followIssuers has the keys of the plan's issuers fetched. Userspace knows
 // the plan by then, so that it can take them.
-func (a *Agent) followIssuers() {
-	issuers := a.in.plan.Issuers()
+func (a *Agent) followIssuers(plan *compile.Plan) {
+	issuers := plan.Issuers()
 	sources := make([]keys.Source, 0, len(issuers))
 	for _, i := range issuers {
 		sources = append(sources, keys.Source{Issuer: i.FullName(), URL: i.JWKSURL, File: i.JWKSFile, Document: i.JWKS})
@@ -162,6 +177,7 @@ func (a *Agent) makeView() (*view, error) {
 		byNumber: map[flow.IdentityNumber]*compile.Identity{}, numbers: map[*compile.Identity]flow.IdentityNumber{},
 		local: map[*compile.Identity]bool{}, homes: homesOf(plan, a.in.table), protected: map[datapath.ProtectedPort]*compile.API{},
 		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked,
+		disputed: map[datapath.ProtectedPort]flow.Mode{}, expires: firstExpiry(plan, time.Now()),
 	}
 	for _, id := range plan.Identities() {
 		n, err := a.dp.AllocateNumber(id.ID)
@@ -170,7 +186,11 @@ func (a *Agent) makeView() (*view, error) {
 		}
 		v.numbers[id], v.byNumber[n] = n, id
 	}
-	for cookie, ns := range a.namespaces {
+	for _, n := range a.in.table.Netns {
+		cookie, ns := n.Cookie(), a.namespaces[n.Cookie()]
+		if ns == nil {
+			continue // it could not be wired
+		}
 		v.namespaces[cookie] = ns
 		for _, addr := range ns.addressList() {
 			v.addresses[addr.Unmap()] = append(v.addresses[addr.Unmap()], cookie)
@@ -180,21 +200,36 @@ func (a *Agent) makeView() (*view, error) {
 		// Who neither lives nor serves here needs no certificate here.
 		v.local[id] = id.Selector != nil && (len(v.homes[id]) > 0 || len(v.servesIn(id)) > 0)
 	}
-	for _, api := range plan.APIs() {
+	a.protect(v)
+	return v, nil
+}
+
+// protect says whose the protected ports are. One that two identities serve at
+// is nobody's: it refuses, and the rest stands.
+func (a *Agent) protect(v *view) {
+	disputes := map[string]bool{}
+	for _, api := range v.plan.APIs() {
 		if !v.local[api.Identity] {
 			continue
 		}
 		for _, cookie := range v.servesIn(api.Identity) {
 			for _, port := range api.Ports {
 				at := datapath.ProtectedPort{Netns: cookie, Port: port}
-				if other := v.protected[at]; other != nil && other.Identity != api.Identity {
-					return nil, fmt.Errorf("protect port %d: %s and %s both serve there", port, other.Identity.FullName(), api.Identity.FullName())
+				other := v.protected[at]
+				if other == nil || other.Identity == api.Identity {
+					v.protected[at] = api
+					continue
 				}
-				v.protected[at] = api
+				disputes[fmt.Sprintf("port %d: %s and %s both serve there", port, other.Identity.FullName(), api.Identity.FullName())] = true
+				v.disputed[at] = max(v.disputed[at], v.mode(other.Mode), v.mode(api.Mode))
 			}
 		}
 	}
-	return v, nil
+	for at := range v.disputed {
+		delete(v.protected, at)
+	}
+	a.health.Check("disputed-ports", metrics.Degraded, textError(strings.Join(slices.Sorted(maps.Keys(disputes)), "; ")),
+		"give one of them another port, or endpoints that tell them apart")
 }
 
 // servesIn says where an identity's ports are protected: where its workloads
@@ -265,6 +300,11 @@ func (a *Agent) state(v *view) datapath.State {
 			a.health.Clear(problem)
 		}
 	}
+	for at, mode := range v.disputed {
+		if mode == flow.ModeEnforce { // less breaks no traffic
+			s.Protected[at] = datapath.Protection{Identity: a.nobody(), Mode: mode}
+		}
+	}
 	for at, api := range v.protected {
 		s.Protected[at] = datapath.Protection{Identity: v.numbers[api.Identity], Mode: v.mode(api.Mode)}
 	}
@@ -295,11 +335,16 @@ func (a *Agent) refuseAmbiguous(v *view, names map[string]*compile.Identity, cla
 	a.ambiguous[problem] = true
 	a.health.Set(problem, metrics.Degraded,
 		"one workload matches "+strings.Join(claimants, " and ")+": it has no identity and is refused", "make their select lines exclude each other")
+	return datapath.Identity{Number: a.nobody(), Mode: mode, Flags: datapath.FlagRevoked}
+}
+
+// nobody is the number of what is ambiguous.
+func (a *Agent) nobody() flow.IdentityNumber {
 	n, err := a.dp.AllocateNumber(ambiguousID)
 	if err != nil {
 		a.log.Error("no number for what is ambiguous", "err", err)
 	}
-	return datapath.Identity{Number: n, Mode: mode, Flags: datapath.FlagRevoked}
+	return n
 }
 
 // exactPath is the path in the cgroup2 hierarchy at which a cgroup is the
@@ -323,16 +368,16 @@ func (a *Agent) exactPath(id *compile.Identity) string {
 // kernel itself.) The new view is in place by then: see putVerdict.
 func (a *Agent) voidVerdicts(v *view, before *compile.Plan) error {
 	var errs []error
-	for _, api := range a.in.plan.APIs() {
+	for _, api := range v.plan.APIs() {
 		if v.revoked[api.Identity.ID] {
 			errs = append(errs, a.dp.BumpGeneration(api.Name))
 		}
 	}
-	if before == nil || before == a.in.plan {
+	if before == nil || before == v.plan {
 		return errors.Join(errs...)
 	}
 	same := map[string][32]byte{}
-	for _, api := range a.in.plan.APIs() {
+	for _, api := range v.plan.APIs() {
 		same[api.Name] = api.Fingerprint()
 	}
 	for _, api := range before.APIs() {

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -91,17 +93,22 @@ func (s *session) handle(_ context.Context, in *line.Incoming) {
 		}
 	default:
 		in.Refuse("not a request that userspace may make")
-		s.refused(metrics.LineOther, fmt.Errorf("message %T", b))
+		s.refused(metrics.LineOther, refuse(flow.ReasonLineRefused, "message %T", b))
 	}
 }
 
 func (s *session) refused(kind metrics.LineRequest, err error) {
 	r, ok := errors.AsType[*refusal](err)
+	if ok {
+		s.a.metrics.LineRefused(kind)
+	}
+	if !s.complaints.allow(time.Now()) {
+		return
+	}
 	if !ok {
 		s.a.log.Warn("request of userspace failed", "request", kind.String(), "err", err)
 		return
 	}
-	s.a.metrics.LineRefused(kind)
 	s.a.log.Warn("request of userspace refused", "request", kind.String(), "reason", string(r.reason), "why", r.text)
 }
 
@@ -180,8 +187,13 @@ func (a *Agent) checkApplication(v *view, q *linepb.Dial, ns *namespace, to neti
 		return refuse(flow.ReasonLineRefused, "dial %s: not an address of that namespace", to)
 	}
 	enforced := v.mode(api.Mode) == flow.ModeEnforce
-	if source != nil && enforced && !source.MayCallIdentity(api.Identity) {
-		return refuse(flow.ReasonLineRefused, "dial %s: %s may not call %s", to, source.FullName(), api.Identity.FullName())
+	if source != nil && enforced {
+		if !source.MayCallIdentity(api.Identity) {
+			return refuse(flow.ReasonLineRefused, "dial %s: %s may not call %s", to, source.FullName(), api.Identity.FullName())
+		}
+		if err := v.barred(source); err != nil {
+			return err
+		}
 	}
 	client, ok := netip.AddrFromSlice(q.GetClientAddress())
 	if !ok || q.GetClientPort() == 0 || q.GetClientPort() > 65535 {
@@ -208,6 +220,11 @@ func checkPeer(v *view, ns *namespace, host netip.Addr, source *compile.Identity
 		return refuse(flow.ReasonLineRefused, "dial node %s: the caller does not live in that namespace", host)
 	}
 	soft := v.mode(source.Mode) != flow.ModeEnforce
+	if !soft {
+		if err := v.barred(source); err != nil {
+			return err
+		}
+	}
 	for id := range v.numbers {
 		if !soft && !source.MayCallIdentity(id) {
 			continue
@@ -228,6 +245,9 @@ func checkPlain(v *view, ns *namespace, to netip.AddrPort, source *compile.Ident
 	}
 	if v.mode(source.Mode) != flow.ModeEnforce {
 		return nil
+	}
+	if err := v.barred(source); err != nil {
+		return err
 	}
 	if v.plan.Claimed(to) == nil {
 		for _, e := range source.Egress {
@@ -254,6 +274,9 @@ func (a *Agent) sign(q *linepb.Sign) ([][]byte, error) {
 	if v.revoked[id.ID] {
 		return nil, refuse(flow.ReasonIdentityRevoked, "sign: %s is revoked", id.FullName())
 	}
+	if v.mode(id.Mode) == flow.ModeEnforce && id.Expired(time.Now()) {
+		return nil, refuse(flow.ReasonIdentityExpired, "sign: %s has expired", id.FullName())
+	}
 	return a.ca.Sign(q.GetCsr(), q.GetId(), 0)
 }
 
@@ -265,7 +288,7 @@ func (a *Agent) putVerdict(q *linepb.Verdict) error {
 		return refuse(flow.ReasonNotReady, "verdict: of another policy generation")
 	}
 	addr, ok := netip.AddrFromSlice(q.GetAddress())
-	if !ok || q.GetPort() == 0 || q.GetPort() > 65535 || flow.Action(q.GetAction()) != flow.ActionDirect {
+	if !ok || q.GetPort() == 0 || q.GetPort() > 65535 || q.GetAction() != uint32(flow.ActionDirect) || q.GetTtlNs() <= 0 {
 		return refuse(flow.ReasonLineRefused, "verdict: malformed")
 	}
 	to := netip.AddrPortFrom(addr.Unmap(), uint16(q.GetPort()))
@@ -289,7 +312,7 @@ func (a *Agent) putVerdict(q *linepb.Verdict) error {
 	}
 	err = a.dp.PutVerdict(flow.Verdict{
 		Source: number, SourceNetns: q.GetSourceNetns(), Destination: to, DestinationNetns: netns, Action: flow.ActionDirect,
-		Expires: min(time.Duration(q.GetTtlNs()), maxVerdictTTL),
+		Expires: v.verdictTTL(time.Duration(q.GetTtlNs()), source, api.Identity),
 	}, generation)
 	if err == nil {
 		a.metrics.VerdictPut(flow.ActionDirect)
@@ -320,6 +343,18 @@ func (v *view) mayGoDirect(source *compile.Identity, api *compile.API) bool {
 		!source.Expired(now) && !api.Identity.Expired(now) && !v.revoked[source.ID] && !v.revoked[api.Identity.ID]
 }
 
+// verdictTTL bounds how long a verdict lasts: no longer than either end's
+// identity is valid.
+func (v *view) verdictTTL(asked time.Duration, ends ...*compile.Identity) time.Duration {
+	ttl := min(asked, maxVerdictTTL)
+	for _, id := range ends {
+		if !id.Expires.IsZero() {
+			ttl = min(ttl, time.Until(id.Expires))
+		}
+	}
+	return ttl
+}
+
 // revokeByScore keeps a revocation that an anomaly threshold made.
 func (a *Agent) revokeByScore(q *linepb.Revoke) error {
 	kind := revocations.Kind(q.GetKind())
@@ -335,12 +370,16 @@ func (a *Agent) revokeByScore(q *linepb.Revoke) error {
 			"look at `sallyport revoke list` and at what the scores saw")
 		return refuse(flow.ReasonThrottled, "revoke: over the cap")
 	}
-	_, err := a.revoked.Revoke(kind, q.GetValue(), ttl, "anomaly: "+clip(q.GetWhy(), 200), "anomaly")
+	// What an operator revoked for longer must not end sooner by it.
+	_, err := a.revoked.Extend(kind, q.GetValue(), ttl, "anomaly: "+clip(q.GetWhy(), 200), "anomaly")
 	return err
 }
 
 // budget allows so many in a window that moves.
 type budget struct {
+	limit  int
+	window time.Duration
+
 	mu    sync.Mutex
 	times []time.Time
 }
@@ -350,16 +389,26 @@ func (b *budget) allow(now time.Time) bool {
 	defer b.mu.Unlock()
 	kept := b.times[:0]
 	for _, t := range b.times {
-		if now.Sub(t) < scoredWindow {
+		if now.Sub(t) < b.window {
 			kept = append(kept, t)
 		}
 	}
 	b.times = kept
-	if len(kept) >= maxScoredRevocations {
+	if len(kept) >= b.limit {
 		return false
 	}
 	b.times = append(b.times, now)
 	return true
 }
 
-func clip(s string, n int) string { return s[:min(len(s), n)] }
+// clip returns at most n bytes of a text, all of them printable: one that is
+// not would be no reason to keep nothing of the rest.
+func clip(s string, n int) string {
+	printable := func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}
+	return strings.Map(printable, strings.ToValidUTF8(s[:min(len(s), n)], "?"))
+}

@@ -63,9 +63,10 @@ func (s service) Status(ctx context.Context) (*controlpb.StatusReply, error) {
 // picture returns the inputs as they are now, and the view made of them, nil
 // before the first.
 func (a *Agent) picture() (inputs, *view) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.in, a.view.Load()
+	if in := a.shown.Load(); in != nil {
+		return *in, a.view.Load()
+	}
+	return inputs{}, nil
 }
 
 func policySet(in inputs) *controlpb.PolicySet {
@@ -262,21 +263,38 @@ func (a *Agent) fetchCounters(ctx context.Context) {
 	if s == nil {
 		return
 	}
-	m, err := a.ask(ctx, &linepb.Message{Body: &linepb.Message_Status{Status: &linepb.StatusRequest{}}})
+	m, err := s.ask(ctx, &linepb.Message{Body: &linepb.Message_Status{Status: &linepb.StatusRequest{}}})
 	if err != nil {
+		s.unanswered(ctx, err)
 		return
 	}
+	s.silent = 0
 	var st userspace.Status
 	if json.Unmarshal(m.GetStatusReply().GetJson(), &st) != nil {
 		return
 	}
 	for _, d := range st.Decisions {
 		key := decisionKey{d.Stage, d.Reason, d.Effect, d.Enforced}
-		delta := d.Count - s.counted[key]
+		had, known := s.counted[key]
+		if d.Count < had || !known && len(s.counted) == maxCounted {
+			continue // not what it counts
+		}
+		delta := d.Count - had
 		s.counted[key] = d.Count
 		a.metrics.Decided(d.Effect, d.Stage, flow.Reason(d.Reason), d.Enforced, delta)
 	}
 	a.health.Check("relations", metrics.Degraded, textError(st.Relations.Problem), "see the log; what needs a relation is denied")
+}
+
+// unanswered ends a process that has stopped answering: it would hold on to
+// its listeners and do nothing with what comes.
+func (s *session) unanswered(ctx context.Context, err error) {
+	if s.silent++; s.silent < maxSilence || ctx.Err() != nil {
+		return
+	}
+	s.silent = 0
+	s.a.log.Error("userspace does not answer, ending it", "pid", s.process.PID, "err", err)
+	s.conn.Close() //nolint:errcheck // it is ended by that
 }
 
 // decisionKey is what decisions are counted by.

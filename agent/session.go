@@ -29,59 +29,104 @@ const (
 	readyTimeout = 60 * time.Second
 	// policiesTimeout bounds its taking over a policy set.
 	policiesTimeout = 60 * time.Second
+	// policiesPatience is how long everything else waits for that: the kernel
+	// follows a process that is as quick as it should be, and a revocation
+	// does not wait for one that is not.
+	policiesPatience = 2 * time.Second
 	// questionTimeout bounds what an operator asks through the agent.
 	questionTimeout = 10 * time.Second
-	listenBacklog   = 4096
+	// maxSilence is how many questions in a row the process may leave without
+	// an answer before it is taken for hanging, and ended.
+	maxSilence    = 3
+	listenBacklog = 4096
+	// What it does that is refused is logged so many times a second, and
+	// counted always.
+	maxComplaints = 16
+	// maxCounted bounds the kinds of decisions that it may count.
+	maxCounted = 4096
 )
 
 // session is the line to one userspace process, from its start to its end.
 type session struct {
-	a     *Agent
-	conn  *line.Conn
-	pid   int
-	ready chan struct{} // closed at its first message
-	once  sync.Once
+	a       *Agent
+	conn    *line.Conn
+	process *supervise.Process
+	ready   chan struct{} // closed at its first message
+	once    sync.Once
+	trust   sync.Mutex // held while the roots are read and sent: the last sent are the newest
 
 	// What it was sent last; guarded by Agent.mu.
-	generation uint64
+	generation uint64            // of the policies that it has taken over
+	handover   *handover         // of those that it is taking over, nil for none
 	sent       map[string][]byte // encoded messages by name, to send differences alone
 
-	counted map[decisionKey]uint64 // decisions taken over so far; the ticker's alone
+	complaints budget // of log lines on what was refused
+
+	// The ticker's alone.
+	counted map[decisionKey]uint64 // decisions taken over so far
+	silent  int                    // questions in a row without an answer
+}
+
+// handover is a policy set that was sent and is not in force yet.
+type handover struct {
+	generation uint64
+	done       chan struct{} // closed when it is answered, or never will be
+	err        error         // why it is not in force; after done
+}
+
+// newSession takes over the line to a process. What ends the line ends the
+// process, whether that sees it or not.
+func (a *Agent) newSession(p *supervise.Process) *session {
+	s := &session{
+		a: a, process: p, ready: make(chan struct{}), sent: map[string][]byte{}, counted: map[decisionKey]uint64{},
+		complaints: budget{limit: maxComplaints, window: time.Second},
+	}
+	s.conn = line.NewConn(p.Socket, line.Options{Handle: s.handle, Concurrent: concurrent, Logger: a.log})
+	go func() {
+		<-s.conn.Done()
+		if err := s.conn.Err(); !errors.Is(err, line.ErrClosed) {
+			a.log.Error("line to userspace broken, ending the process", "pid", p.PID, "err", err)
+		}
+		p.End()
+	}()
+	return s
 }
 
 // userspaceStarted speaks to a new userspace process: who it is for first, and
 // when it is ready everything that it needs to work.
 func (a *Agent) userspaceStarted(p *supervise.Process) {
-	s := &session{a: a, pid: p.PID, ready: make(chan struct{}), sent: map[string][]byte{}, counted: map[decisionKey]uint64{}}
-	s.conn = line.NewConn(p.Socket, line.Options{Handle: s.handle, Concurrent: concurrent, Logger: a.log})
+	s := a.newSession(p)
 	start := &linepb.Start{
 		Node: a.cfg.Node, TrustDomain: a.cfg.TrustDomain, StateDir: a.userspaceDir(), ModeCeiling: uint32(a.cfg.ModeCeiling),
 		Loops: uint32(a.cfg.Userspace.Loops), Goroutines: a.cfg.Userspace.Goroutines, TunnelPort: uint32(a.ports.Tunnel),
 		Anchor: a.ca.Anchor().String(), LeafTtlNs: int64(a.cfg.Identity.LeafTTL),
 	}
-	if err := s.conn.Notify(&linepb.Message{Body: &linepb.Message_Start{Start: start}}); err != nil {
-		a.log.Error("userspace not told to start", "err", err)
+	if s.notify(&linepb.Message{Body: &linepb.Message_Start{Start: start}}) != nil {
 		return
 	}
-	timeout := time.NewTimer(readyTimeout)
+	timeout := time.NewTimer(a.waits.ready)
 	defer timeout.Stop()
 	select {
 	case <-s.ready:
 	case <-s.conn.Done():
 		return
 	case <-timeout.C:
-		a.log.Error("userspace did not become ready", "pid", p.PID, "after", readyTimeout)
+		a.log.Error("userspace did not become ready", "pid", p.PID, "after", a.waits.ready)
 		s.conn.Close() //nolint:errcheck // it is ended by that
 		return
 	}
 	if err := a.adoptSession(s); err != nil {
-		a.log.Error("flow map not handed over", "err", err)
+		a.log.Error("userspace not taken into service", "pid", p.PID, "err", err)
 		s.conn.Close() //nolint:errcheck // it is ended by that
 		return
 	}
 	a.reconcile(func(*inputs) {})
 	a.keys.Replay()
-	a.health.Clear("userspace")
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.session.Load() == s {
+		a.health.Clear("userspace")
+	}
 }
 
 // adoptSession makes s the present session. It knows whom to trust and what
@@ -89,8 +134,12 @@ func (a *Agent) userspaceStarted(p *supervise.Process) {
 func (a *Agent) adoptSession(s *session) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if s.process.Ended() {
+		// Its end has been seen to: nobody would take it away again.
+		return errors.New("it has ended")
+	}
 	if err := s.sendMaps(); err != nil {
-		return err
+		return fmt.Errorf("hand over the flow map: %w", err)
 	}
 	// From here on changes reach it too; an older list that comes later is
 	// told by its generation.
@@ -107,7 +156,7 @@ func (a *Agent) adoptSession(s *session) error {
 // it: what they stood before refuses until the next one is there.
 func (a *Agent) userspaceExited(p *supervise.Process, err error) {
 	a.mu.Lock()
-	if s := a.session.Load(); s != nil && s.pid == p.PID {
+	if s := a.session.Load(); s != nil && s.process == p {
 		s.conn.Close() //nolint:errcheck // its other end is gone
 		a.session.Store(nil)
 	}
@@ -157,6 +206,8 @@ func (s *session) sendMaps() error {
 
 // sendTrust sends the roots to verify peers by.
 func (s *session) sendTrust() {
+	s.trust.Lock()
+	defer s.trust.Unlock()
 	m := &linepb.Trust{}
 	for _, d := range s.a.trust() {
 		if len(d.Roots) > 0 {
@@ -208,11 +259,7 @@ func (s *session) sendView(v *view, files []load.File) error {
 		s.notifyChanged("addresses", &linepb.Message{Body: &linepb.Message_Addresses{Addresses: addresses}}),
 	}
 	if s.generation != v.generation {
-		if err := s.sendPolicies(v.generation, files); err != nil {
-			errs = append(errs, err)
-		} else {
-			s.generation = v.generation
-		}
+		errs = append(errs, s.sendPolicies(v.generation, files))
 	}
 	if s.generation == 0 {
 		return errors.Join(errs...) // nothing may come before there is a plan
@@ -225,31 +272,67 @@ func (s *session) sendView(v *view, files []load.File) error {
 	return errors.Join(errs...)
 }
 
-// sendPolicies hands over the documents and waits until they are in force.
+// sendPolicies hands over the documents and waits a little until they are in
+// force. Where that takes longer it is an error, and a later call finds out.
 func (s *session) sendPolicies(generation uint64, files []load.File) error {
+	if s.handover == nil || s.handover.generation != generation {
+		h, err := s.handOver(generation, files)
+		if err != nil {
+			return fmt.Errorf("hand over policies: %w", err)
+		}
+		s.handover = h
+		patience := time.NewTimer(s.a.waits.patience)
+		defer patience.Stop()
+		select {
+		case <-h.done:
+		case <-patience.C:
+		}
+	}
+	select {
+	case <-s.handover.done:
+	default:
+		return errors.New("hand over policies: userspace has not taken them over yet")
+	}
+	err := s.handover.err
+	s.handover = nil
+	if err != nil {
+		return fmt.Errorf("hand over policies: %w", err)
+	}
+	s.generation = generation
+	return nil
+}
+
+// handOver sends the documents. A process that does not take them over in
+// time is ended: it would go on under old rules.
+func (s *session) handOver(generation uint64, files []load.File) (*handover, error) {
 	set := &linepb.PolicyFiles{}
 	for _, f := range files {
 		set.Files = append(set.Files, &linepb.PolicyFile{Path: f.Path, Content: f.Content})
 	}
 	raw, err := proto.Marshal(set)
 	if err != nil {
-		return fmt.Errorf("encode policies: %w", err)
+		return nil, err
 	}
 	fd, err := line.Sealed("policies", raw)
 	if err != nil {
-		return fmt.Errorf("hand over policies: %w", err)
+		return nil, err
 	}
 	defer unix.Close(fd) //nolint:errcheck // a copy has been sent
-	ctx, cancel := context.WithTimeout(s.a.current, policiesTimeout)
-	defer cancel()
-	m, fds, err := s.conn.Call(ctx, &linepb.Message{Body: &linepb.Message_Policies{Policies: &linepb.Policies{Generation: generation}}}, fd)
-	closeAll(fds)
-	if err != nil {
-		return fmt.Errorf("hand over policies: %w", err)
-	}
-	why := m.GetPoliciesReply().GetError()
-	s.a.health.Check("policies-userspace", metrics.Degraded, textError(why), "what the message names is refused meanwhile")
-	return nil
+	h := &handover{generation: generation, done: make(chan struct{})}
+	late := time.AfterFunc(s.a.waits.policies, func() {
+		s.a.log.Error("userspace does not take policies over, ending it", "generation", generation, "after", s.a.waits.policies)
+		s.conn.Close() //nolint:errcheck // it is ended by that
+	})
+	m := &linepb.Message{Body: &linepb.Message_Policies{Policies: &linepb.Policies{Generation: generation}}}
+	s.conn.Go(m, func(m *linepb.Message, fds []int, err error) {
+		late.Stop()
+		closeAll(fds)
+		if h.err = err; err == nil {
+			s.a.health.Check("policies-userspace", metrics.Degraded, textError(m.GetPoliciesReply().GetError()), "what the message names is refused meanwhile")
+		}
+		close(h.done)
+	}, fd)
+	return h, nil
 }
 
 // listen makes the listeners of a namespace, puts them where the kernel steers
@@ -289,7 +372,11 @@ func (a *Agent) ask(ctx context.Context, m *linepb.Message) (*linepb.Message, er
 	if s == nil {
 		return nil, errors.New("the userspace process is not running; see `sallyport status`")
 	}
-	ctx, cancel := context.WithTimeout(ctx, questionTimeout)
+	return s.ask(ctx, m)
+}
+
+func (s *session) ask(ctx context.Context, m *linepb.Message) (*linepb.Message, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.a.waits.question)
 	defer cancel()
 	reply, fds, err := s.conn.Call(ctx, m)
 	closeAll(fds)

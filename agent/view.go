@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -41,6 +42,57 @@ type view struct {
 	namespaces map[uint64]*namespace
 	addresses  map[netip.Addr][]uint64
 	revoked    map[string]bool
+	// disputed are the ports that two identities serve at, with the strictest
+	// of their modes. They are not among the protected ones.
+	disputed map[datapath.ProtectedPort]flow.Mode
+	expires  time.Time // when an identity's validity ends next, zero for never
+}
+
+// outdated says whether time alone has made the view another.
+func (v *view) outdated(now time.Time) bool {
+	return v != nil && !v.expires.IsZero() && !now.Before(v.expires)
+}
+
+// firstExpiry returns when the first of those identities that are still valid
+// will not be any more.
+func firstExpiry(plan *compile.Plan, now time.Time) (first time.Time) {
+	for _, id := range plan.Identities() {
+		if now.Before(id.Expires) && (first.IsZero() || id.Expires.Before(first)) {
+			first = id.Expires
+		}
+	}
+	return first
+}
+
+// without returns the view for who is still there, less what is revoked now;
+// nil for none.
+func (v *view) without(table *workload.Table, revoked map[string]bool) *view {
+	if v == nil {
+		return nil
+	}
+	w := *v
+	w.revoked, w.expires = revoked, firstExpiry(v.plan, time.Now())
+	w.namespaces = map[uint64]*namespace{}
+	for _, n := range table.Netns {
+		if ns := v.namespaces[n.Cookie()]; ns != nil {
+			w.namespaces[n.Cookie()] = ns
+		}
+	}
+	w.protected = maps.Clone(v.protected)
+	maps.DeleteFunc(w.protected, func(at datapath.ProtectedPort, _ *compile.API) bool { return w.namespaces[at.Netns] == nil })
+	return &w
+}
+
+// barred says why an identity that is enforced may do nothing at all now, nil
+// where it may.
+func (v *view) barred(id *compile.Identity) error {
+	switch {
+	case v.revoked[id.ID]:
+		return refuse(flow.ReasonIdentityRevoked, "%s is revoked", id.FullName())
+	case id.Expired(time.Now()):
+		return refuse(flow.ReasonIdentityExpired, "%s expired at %s", id.FullName(), id.Expires.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // mode is what a mode amounts to under the ceiling.
