@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmtests
+
+// packages are those whose tests are about the kernel.
+var packages = []string{
+	"agent/testenv", "agent/preflight", "agent/loader", "agent/datapath", "agent/sockdiag", "agent/sockets",
+}
+
+// guestModules are what the tests, and the port to the host, need of a kernel that
+// has them as modules.
+var guestModules = []string{
+	"virtio_pci", "virtio_console", "veth", "inet_diag", "tcp_diag", "udp_diag", "sctp",
+	"nfnetlink", "xfrm_user", // netlink.NewHandleAt opens a socket for each
+}
+
+// kernel is one row of the matrix.
+type kernel struct {
+	version string
+	// lacks names what does not pass there, by package and top-level test,
+	// with the reason. It has to be run all the same: once it passes, it
+	// has to leave the list. Every other test has to pass; one that is
+	// skipped counts as failed.
+	lacks map[string]map[string]string
+}
+
+var matrix = []kernel{
+	{version: "6.1"},
+	{version: "6.12"},
+}
