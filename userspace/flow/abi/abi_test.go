@@ -3,6 +3,7 @@
 package abi
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 
@@ -44,7 +45,7 @@ func TestTrueClient(t *testing.T) {
 func TestLookupOnNoMap(t *testing.T) {
 	var k FlowKey
 	var v FlowValue
-	if err := NewFlowMap(-1).Lookup(&k, &v); err != unix.EBADF && err != unix.EPERM {
+	if err := NewFlowMap(-1).Lookup(&k, &v); !errors.Is(err, unix.EBADF) && !errors.Is(err, unix.EPERM) {
 		t.Errorf("no descriptor: %v", err)
 	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -52,7 +53,7 @@ func TestLookupOnNoMap(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if err := NewFlowMap(fd).Lookup(&k, &v); err != unix.EINVAL && err != unix.EPERM {
+	if err := NewFlowMap(fd).Lookup(&k, &v); !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EPERM) {
 		t.Errorf("a descriptor that is no map: %v", err)
 	}
 }
