@@ -57,7 +57,7 @@ func run(ctx context.Context) error {
 	flag.StringVar(&o.program, "sallyport", "bin/sallyport", "the binary to measure")
 	flag.IntVar(&o.rounds, "rounds", 9, "rounds; every variant is measured once in each")
 	flag.IntVar(&o.seconds, "seconds", 2, "of each measurement")
-	flag.StringVar(&connections, "connections", "1,16,64", "keep-alive connections")
+	flag.StringVar(&connections, "connections", "1,16,64,512", "keep-alive connections")
 	flag.StringVar(&fresh, "fresh", "1,16", "connections at a time, with one request each")
 	flag.StringVar(&only, "only", "", "measure only the variants whose name matches; the bare connection always is")
 	flag.StringVar(&o.write, "write", "", "document to write the result into")

@@ -98,6 +98,7 @@ func (m mode) String() string {
 type sample struct {
 	found
 	cpu    time.Duration // of what is between wrk and nginx
+	agents time.Duration // the share of the agents, of Sallyport's
 	mib    float64
 	others float64 // cores that were busy with something else
 	logged int64   // lines of the decision logs
@@ -105,8 +106,11 @@ type sample struct {
 
 // perRequest is the proxies' CPU time a request, in us: also the seconds for
 // 100,000 requests, times ten.
-func (s *sample) perRequest() float64 {
-	return float64(s.cpu.Microseconds()) / float64(max(s.Requests, 1))
+func (s *sample) perRequest() float64 { return s.share(s.cpu) }
+
+// share is a time's share of one request, in us.
+func (s *sample) share(d time.Duration) float64 {
+	return float64(d.Microseconds()) / float64(max(s.Requests, 1))
 }
 
 // results of a run: for each variant and mode one sample a round.
@@ -210,6 +214,9 @@ func (t *testbed) sample(ctx context.Context, v *variant, m mode, seconds int) (
 	after, err := t.snapshot(v)
 	if err != nil {
 		return s, err
+	}
+	if len(v.nodes) > 0 {
+		s.agents = after.proxies.roots - before.proxies.roots
 	}
 	s.cpu, s.mib = after.proxies.cpu-before.proxies.cpu, after.proxies.mib
 	ours := s.cpu + own + after.app.cpu - before.app.cpu

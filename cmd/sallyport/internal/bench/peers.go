@@ -116,7 +116,7 @@ func nginxHTTP(ctx context.Context, t *testbed, _ *recipe, s side) (*lab.Process
 	return t.nginx(ctx, s.space, "", s.name, "", fmt.Sprintf(`http {
   access_log off;
   keepalive_requests 1000000000;
-  upstream next { server %s; keepalive 128; keepalive_requests 1000000000; }
+  upstream next { server %s; keepalive 1024; keepalive_requests 1000000000; }
   server {
     listen %s%s backlog=4096;
     location / {

@@ -18,8 +18,9 @@ const tick = 10 * time.Millisecond
 
 // tree is what the processes of some trees have used up.
 type tree struct {
-	cpu time.Duration // user and system
-	mib float64       // proportional set size
+	cpu   time.Duration // user and system
+	roots time.Duration // the share of the processes at the roots
+	mib   float64       // proportional set size
 }
 
 // children lists every process's children, by one pass over /proc.
@@ -63,7 +64,7 @@ func usage(roots []int) (tree, error) {
 		return tree{}, err
 	}
 	var t tree
-	for len(roots) > 0 {
+	for top := len(roots); len(roots) > 0; top-- {
 		pid := roots[0]
 		roots = append(roots[1:], kids[pid]...)
 		f := statOf(pid)
@@ -76,6 +77,9 @@ func usage(roots []int) (tree, error) {
 				return tree{}, fmt.Errorf("read times of process %d: %w", pid, err)
 			}
 			t.cpu += time.Duration(n) * tick
+			if top > 0 {
+				t.roots += time.Duration(n) * tick
+			}
 		}
 		t.mib += pss(pid)
 	}

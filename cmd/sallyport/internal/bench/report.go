@@ -58,6 +58,8 @@ var (
 	p50  figure = func(s *sample) float64 { return s.P50 }
 	p99  figure = func(s *sample) float64 { return s.P99 }
 	rss  figure = func(s *sample) float64 { return s.mib }
+
+	agentCPU figure = func(s *sample) float64 { return s.share(s.agents) }
 )
 
 // at is a figure of a variant in a mode and round, false where it was not
@@ -150,7 +152,7 @@ func (r *results) table(b *bytes.Buffer, m mode) {
 	if m.fresh {
 		what = "connections/s"
 	}
-	fmt.Fprintf(b, "### %s\n\n| | %s | of direct | p50 ms | p99 ms | CPU s per 100k | MiB | errors |\n|---|---|---|---|---|---|---|---|\n", strings.ToUpper(m.String()[:1])+m.String()[1:], what)
+	fmt.Fprintf(b, "### %s\n\n| | %s | of direct | p50 ms | p99 ms | CPU s per 100k | of it agents' | MiB | errors |\n|---|---|---|---|---|---|---|---|---|\n", strings.ToUpper(m.String()[:1])+m.String()[1:], what)
 	for _, v := range r.variants {
 		list := r.samples[v.name][m]
 		if len(list) == 0 {
@@ -168,12 +170,15 @@ func (r *results) table(b *bytes.Buffer, m mode) {
 			}
 			errs += list[i].Errors
 		}
-		used, mib := "-", "-"
+		used, agents, mib := "-", "-", "-"
 		if len(v.proxies) > 0 {
 			used, mib = short(r.median(v.name, m, cpu)/10), short(r.median(v.name, m, rss))
 		}
-		fmt.Fprintf(b, "| %s | %.0f | %s | %.3f | %.2f | %s | %s | %d |\n", v.name, r.median(v.name, m, rate), spreadOf(ratios),
-			r.median(v.name, m, p50)/1e3, r.median(v.name, m, p99)/1e3, used, mib, errs)
+		if len(v.nodes) > 0 {
+			agents = short(r.median(v.name, m, agentCPU) / 10)
+		}
+		fmt.Fprintf(b, "| %s | %.0f | %s | %.3f | %.2f | %s | %s | %s | %d |\n", v.name, r.median(v.name, m, rate), spreadOf(ratios),
+			r.median(v.name, m, p50)/1e3, r.median(v.name, m, p99)/1e3, used, agents, mib, errs)
 	}
 	fmt.Fprintln(b)
 }

@@ -188,6 +188,7 @@ func (t *testbed) nginx(ctx context.Context, space, cgroup, name, head, body, li
 		return nil, fmt.Errorf("make folder of %s: %w", name, err)
 	}
 	conf := fmt.Sprintf(`%sworker_processes 2;
+worker_rlimit_nofile 65536;
 daemon off;
 pid %s/pid;
 error_log stderr error;
