@@ -60,8 +60,10 @@ type process struct {
 }
 
 // Run is the whole life of the process: it speaks to the agent on the line
-// until that ends, and returns once everything is closed.
-func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Logger) error {
+// until that ends, and returns once everything is closed. confine is called
+// with the state directory as soon as that is known, nil for a test that is a
+// process of its own purposes.
+func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Logger, confine func(stateDir string) error) error {
 	p := &process{log: log, version: version}
 	first, fds, err := socket.Recv()
 	if err != nil {
@@ -71,6 +73,11 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		return errors.New("wait for the agent's first message: it is not a start")
 	}
 	p.start = first.GetStart()
+	if confine != nil {
+		if err := confine(p.start.GetStateDir()); err != nil {
+			return err
+		}
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	// The parts come up before anything is read from the line: a message

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	llsys "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/agent/loader"
@@ -78,8 +79,16 @@ func Run(cgroupRoot string) []Check {
 	return append(checks,
 		check("closing connections", false, "Linux 4.5, CONFIG_INET_DIAG_DESTROY",
 			"revocation closes only what passes through the proxy; live direct connections stay", destroy()),
+		check("Landlock", false, "Linux 5.13, CONFIG_SECURITY_LANDLOCK, landlock among the active LSMs",
+			"the userspace process can open what its user may", landlockABI()),
 		check("BPF closed to users", false, "sysctl kernel.unprivileged_bpf_disabled=2", "any user may load socket programs", unprivileged()),
 	)
+}
+
+// landlockABI fails where Landlock is not built in or not active.
+func landlockABI() error {
+	_, err := llsys.LandlockGetABIVersion()
+	return err
 }
 
 // Missing says what the agent cannot start without, one error each.

@@ -117,7 +117,7 @@ func newUserspace() *cobra.Command {
 				return err
 			}
 			log := slog.New(slog.NewJSONHandler(c.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelInfo}))
-			return userspace.Run(c.Context(), socket, version, log)
+			return userspace.Run(c.Context(), socket, version, log, confine.Files)
 		},
 	}
 }
