@@ -49,7 +49,7 @@ pid %[1]s/nginx.pid;
 error_log %[1]s/error.log notice;
 events { worker_connections 512; }
 http {
-  log_format seen '$remote_addr:$remote_port $request_method $uri $status $http_x_forwarded_client_cert';
+  log_format seen '$remote_addr:$remote_port $request_method $uri $status $http_x_forwarded_client_cert $http_user_agent';
   access_log %[1]s/access.log seen;
   client_body_temp_path %[1]s/tmp/body;
   proxy_temp_path %[1]s/tmp/proxy;
