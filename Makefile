@@ -9,6 +9,7 @@ SHELL       := bash
 export CGO_ENABLED := 0
 GOFLAGS_BUILD := -trimpath -buildvcs=false
 GO_FILES := $(shell find agent bpf cmd policies userspace vmtests -name '*.go' 2>/dev/null)
+EMBEDDED := $(wildcard bpf/*.o) $(shell find cmd policies userspace -name '*.yaml' -o -name '*.fga' 2>/dev/null)
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 APT_PACKAGES := clang llvm libbpf-dev protobuf-compiler nginx-light curl wrk swtpm swtpm-tools openssl iproute2 procps gcc libc6-dev
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
@@ -19,14 +20,14 @@ RACE_PACKAGES := ./userspace/line ./userspace/netloop ./userspace/token ./usersp
 	./userspace/anomaly ./userspace/pipeline ./userspace/proxy/... ./policies/compile ./policies/watch \
 	./agent/keys ./agent/revocations ./agent/control ./agent/metrics ./agent/workload ./agent/sockets ./agent/datapath
 
-.PHONY: help build demo test deps unit race e2e lint generate bench vmtest fuzz clean
+.PHONY: help build demo test deps unit race e2e lint generate bench vmtest clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 build: bin/sallyport ## bin/sallyport
 
-bin/sallyport: go.mod go.sum $(GO_FILES) $(wildcard bpf/*.o)
+bin/sallyport: go.mod go.sum $(GO_FILES) $(EMBEDDED)
 	go build $(GOFLAGS_BUILD) -ldflags '-s -w -X main.version=$(VERSION)' -o $@ ./cmd/sallyport
 
 demo: build ## two nodes on this machine, real traffic, one line a case (root)

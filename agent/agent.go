@@ -81,9 +81,10 @@ type Agent struct {
 	scope   string // cgroup subtree beneath the cgroup2 mount, "/" for all
 	cgroups ownCgroups
 
-	view  atomic.Pointer[view]   // what requests are held against
-	shown atomic.Pointer[inputs] // what the present view is made of, to be shown
-	again atomic.Bool            // the last reconcile did not get everything done
+	view            atomic.Pointer[view]   // what requests are held against
+	shown           atomic.Pointer[inputs] // what the present view is made of, to be shown
+	ambiguousNumber atomic.Uint32          // of what several identities claim, 0 while nothing is
+	again           atomic.Bool            // the last reconcile did not get everything done
 
 	session atomic.Pointer[session] // to the userspace process, nil while there is none; changed under mu
 

@@ -42,6 +42,10 @@ func (a *Agent) readEvents(ctx context.Context) error {
 		return err
 	}
 	return drain(ctx, r, func(e events.Event) {
+		if e.Reason == flow.ReasonIdentityRevoked && e.Identity != 0 && uint32(e.Identity) == a.ambiguousNumber.Load() {
+			// The kernel refuses both alike; what to do about them differs.
+			e.Reason = flow.ReasonAmbiguousIdentity
+		}
 		rec := eventRecord{
 			Time: wallTime(e.Time), Node: a.cfg.Node, Source: a.idOf(e.Identity), Destination: a.idOf(e.Target),
 			Client: e.Source, Address: e.Destination, Decision: flow.EffectDeny.String(), Mode: flow.ModeEnforce.String(),

@@ -344,6 +344,7 @@ func (a *Agent) nobody() flow.IdentityNumber {
 	if err != nil {
 		a.log.Error("no number for what is ambiguous", "err", err)
 	}
+	a.ambiguousNumber.Store(uint32(n))
 	return n
 }
 

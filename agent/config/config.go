@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -114,28 +113,6 @@ func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // GoString is String, for %#v.
 func (s Secret) GoString() string { return s.String() }
-
-// JoinToken returns the authority's join token, from its file if the setting
-// names one.
-func (a *Authority) JoinToken() (string, error) {
-	t := string(a.Token)
-	if !filepath.IsAbs(t) {
-		return t, nil
-	}
-	f, err := os.Open(t)
-	if err != nil {
-		return "", fmt.Errorf("read join token: %w", err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxToken+1))
-	if err != nil {
-		return "", fmt.Errorf("read join token: %w", err)
-	}
-	if len(b) > maxToken {
-		return "", fmt.Errorf("read join token %s: more than %d bytes", t, maxToken)
-	}
-	return strings.TrimSpace(string(b)), nil
-}
 
 // Sources are what the configuration is made of, weakest first.
 type Sources struct {

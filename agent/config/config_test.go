@@ -216,22 +216,6 @@ func TestSecretIsNeverShown(t *testing.T) {
 			t.Errorf("shown: %s", s)
 		}
 	}
-	if token, err := c.Identity.Authority.JoinToken(); token != "sjt1.hidden" || err != nil {
-		t.Errorf("token %v", err)
-	}
-	path := filepath.Join(t.TempDir(), "token")
-	if err := os.WriteFile(path, []byte("sjt1.file\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if token, err := (&Authority{Token: Secret(path)}).JoinToken(); token != "sjt1.file" || err != nil {
-		t.Errorf("token %v", err)
-	}
-	if err := os.WriteFile(path, make([]byte, maxToken+1), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := (&Authority{Token: Secret(path)}).JoinToken(); err == nil {
-		t.Error("a huge token file was read")
-	}
 }
 
 func TestReadFile(t *testing.T) {

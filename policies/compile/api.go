@@ -119,8 +119,6 @@ type Anomaly struct {
 	Warn, Throttle, Revoke, Terminate float64
 	WarmupRequests                    uint32
 	WarmupIdentities                  uint32
-	// FalsePositives is the budget a day, 0 if none was given.
-	FalsePositives float64
 	// IgnoreErrors lets a request pass that cannot be scored.
 	IgnoreErrors bool
 }

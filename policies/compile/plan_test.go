@@ -62,7 +62,7 @@ spec:
   rules:
     - {name: r, from: [unit], relation: "service:{source.name} can_call endpoint:{header.X-B}", when: "request.headers['X-A'] == request.headers['x-b']"}
     - {name: t, from: [unit], token: {issuer: sso, audience: pay, scopes: [s], boundTo: mtls}}
-  anomaly: {warn: 1e-2, throttle: 0.001, warmup: {requests: 60}, falsePositives: 2/hour, onError: ignore}
+  anomaly: {warn: 1e-2, throttle: 0.001, warmup: {requests: 60}, onError: ignore}
   body: {inspect: 2KiB, over: skip}
 `
 
@@ -149,7 +149,7 @@ func testAPI(t *testing.T, plan *Plan, cgroup *Identity) {
 		api.Protocol != ProtocolHTTP || api.AppTLS != AppTLSNone || strings.Join(api.Headers, ",") != "x-a,x-b" {
 		t.Errorf("%+v", api)
 	}
-	if want := (Anomaly{Warn: .01, Throttle: .001, WarmupRequests: 60, WarmupIdentities: 3, FalsePositives: 48, IgnoreErrors: true}); *api.Anomaly != want {
+	if want := (Anomaly{Warn: .01, Throttle: .001, WarmupRequests: 60, WarmupIdentities: 3, IgnoreErrors: true}); *api.Anomaly != want {
 		t.Errorf("anomaly %+v", *api.Anomaly)
 	}
 	if api.Body != (Body{2048, true}) {

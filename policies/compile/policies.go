@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
@@ -166,9 +165,6 @@ func (c *compiler) anomaly(d *policyDoc, s *v1alpha1.Anomaly) *Anomaly {
 				c.report.Errorf(d.At("spec", "anomaly", "warmup", n.name), "%s: without a warm-up everything would be unusual", n.name)
 			}
 		}
-	}
-	if r := s.FalsePositives; r != nil {
-		a.FalsePositives = r.Events * float64(24*time.Hour) / float64(max(1, r.Period))
 	}
 	return a
 }

@@ -37,6 +37,7 @@ var unsupported = map[string]bool{
 	"Token.boundTo=dpop":           true,
 	"Token.boundTo=signature":      true,
 	"Anomaly.stepUp":               true,
+	"Anomaly.falsePositives":       true,
 }
 
 const notSupported = "is not supported by this version"

@@ -93,8 +93,6 @@ type Anomaly struct {
 	// Warmup is how long nothing is done; 1000 requests of 3 identities if
 	// absent.
 	Warmup *Warmup `json:"warmup"`
-	// FalsePositives is the budget that calibrates the thresholds.
-	FalsePositives *Rate `json:"falsePositives"`
 	// OnError is for this stage alone; deny if absent.
 	OnError string `json:"onError" oneof:"ignore|deny"`
 }

@@ -78,37 +78,3 @@ func (p *Probability) UnmarshalText(b []byte) error {
 	*p = Probability(v)
 	return nil
 }
-
-// Rate is a number of events in a period, written as 5/day.
-type Rate struct {
-	Events float64
-	Period time.Duration
-}
-
-// UnmarshalText parses COUNT/PERIOD, the period being minute, hour, day or
-// week.
-func (r *Rate) UnmarshalText(b []byte) error {
-	bad := fmt.Errorf("%q is not a rate such as 5/day (per minute, hour, day or week)", b)
-	count, period, ok := strings.Cut(string(b), "/")
-	if !ok {
-		return bad
-	}
-	v, err := strconv.ParseFloat(count, 64)
-	if err != nil || math.IsNaN(v) || v <= 0 || v > 1e9 {
-		return bad
-	}
-	switch period {
-	case "minute":
-		r.Period = time.Minute
-	case "hour":
-		r.Period = time.Hour
-	case "day":
-		r.Period = 24 * time.Hour
-	case "week":
-		r.Period = 7 * 24 * time.Hour
-	default:
-		return bad
-	}
-	r.Events = v
-	return nil
-}
