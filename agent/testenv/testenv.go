@@ -27,6 +27,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
 
 // init keeps goroutines that change their thread's namespace off the first
@@ -40,6 +42,13 @@ func RequireRoot(t testing.TB) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: loads BPF programs and makes namespaces")
 	}
+}
+
+// Missing skips the test for what is not there, or fails it where CI says that
+// everything is.
+func Missing(t testing.TB, what string) {
+	t.Helper()
+	testenv.Missing(t, what)
 }
 
 // Suffix returns a name part that no other test uses.
@@ -64,7 +73,7 @@ func CgroupMount(t testing.TB) string {
 			return fields[4]
 		}
 	}
-	t.Skip("cgroup2 is not mounted")
+	Missing(t, "cgroup2 is not mounted")
 	return ""
 }
 

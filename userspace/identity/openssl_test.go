@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
 
 // opensslTime bounds a run of openssl on a busy machine.
@@ -27,11 +28,7 @@ const opensslTime = 30 * time.Second
 
 func openssl(t *testing.T) (path string) {
 	t.Helper()
-	path, err := exec.LookPath("openssl")
-	if err != nil {
-		t.Skip("openssl is not installed")
-	}
-	return path
+	return testenv.Program(t, "openssl")
 }
 
 // pemFiles writes the leaf of an identity, its chain, its key and the roots

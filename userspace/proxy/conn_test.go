@@ -24,6 +24,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
 
 // TestOpaque copies bytes both ways and keeps half-closed connections.
@@ -616,9 +617,7 @@ func TestRotation(t *testing.T) {
 
 // TestNginxAndCurl has a real server and a real client, through a tunnel.
 func TestNginxAndCurl(t *testing.T) {
-	if _, err := exec.LookPath("curl"); err != nil {
-		t.Skip("curl is not installed")
-	}
+	testenv.Program(t, "curl")
 	large := make([]byte, 5<<20)
 	for i := range large {
 		large[i] = byte(rand.Uint32())
@@ -666,9 +665,7 @@ func TestNginxAndCurl(t *testing.T) {
 // startNginx runs nginx as an application and returns where.
 func startNginx(t testing.TB, large []byte) string {
 	t.Helper()
-	if _, err := exec.LookPath("nginx"); err != nil {
-		t.Skip("nginx is not installed")
-	}
+	testenv.Program(t, "nginx")
 	dir := t.TempDir()
 	for name, content := range map[string][]byte{"large": large, "kib": bytes.Repeat([]byte("x"), 1024)} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {

@@ -15,6 +15,8 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
+
+	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
 
 // TPM is a software TPM. It dies with the test, and with the test process.
@@ -31,9 +33,7 @@ const startTime = 20 * time.Second
 // swtpm is not installed.
 func Start(t testing.TB) *TPM {
 	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		t.Skip("swtpm is not installed")
-	}
+	testenv.Program(t, "swtpm")
 	dir, err := os.MkdirTemp("", "swtpm-") // short: a socket's path has 107 bytes
 	if err != nil {
 		t.Fatal(err)

@@ -51,17 +51,13 @@ func runTests(m *testing.M) int {
 	return m.Run()
 }
 
-// requirements of every test here. A program that is missing is a failure
-// where the tests run as CI runs them, because `make deps` installs it.
+// require asks for what every test here needs, and these programs.
 func require(t *testing.T, programs ...string) {
 	t.Helper()
 	testenv.RequireRoot(t)
 	for _, p := range programs {
 		if _, err := exec.LookPath(p); err != nil {
-			if os.Getenv("SALLYPORT_TEST_STRICT") == "1" {
-				t.Fatalf("%s is not installed; `make deps` does", p)
-			}
-			t.Skipf("%s is not installed; `make deps` does", p)
+			testenv.Missing(t, p+" is not installed")
 		}
 	}
 }
