@@ -102,7 +102,7 @@ static __noinline int take_sample(struct __sk_buff *skb, struct packet *p, __u8 
 {
 	struct control_value *c = controls();
 	struct http h = {};
-	__u32 zero = 0, n;
+	__u32 zero = 0, n, last;
 	struct window *budget;
 	struct scratch *w;
 	__u8 one = 1;
@@ -125,8 +125,10 @@ static __noinline int take_sample(struct __sk_buff *skb, struct packet *p, __u8 
 	n = p->length;
 	if (n > SAMPLE_BYTES)
 		n = SAMPLE_BYTES;
-	barrier_var(n);
-	if (n == 0 || n > SAMPLE_BYTES || bpf_skb_load_bytes(skb, p->payload, w->bytes, n))
+	/* Before Linux 6.8 the verifier learns nothing from n != 0. */
+	last = n - 1;
+	barrier_var(last);
+	if (last >= SAMPLE_BYTES || bpf_skb_load_bytes(skb, p->payload, w->bytes, last + 1))
 		return 0;
 	fill(skb, &w->sample, p, now, flags);
 	h.length = n;
