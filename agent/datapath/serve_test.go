@@ -17,6 +17,7 @@ import (
 
 func (n *node) direct(t *testing.T, dst netip.AddrPort, ttl time.Duration) {
 	t.Helper()
+	must(t, n.Heartbeat()) // an emulated machine takes longer than it lasts
 	g, err := n.GenerationOf("policy")
 	must(t, err)
 	must(t, n.PutVerdict(flow.Verdict{
