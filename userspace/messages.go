@@ -49,7 +49,10 @@ func (p *process) handle(ctx context.Context, in *line.Incoming) {
 	case *linepb.Message_Identities:
 		err = p.setIdentities(b.Identities)
 	case *linepb.Message_Listeners:
-		err = p.addListeners(in, b.Listeners)
+		if err = p.addListeners(in, b.Listeners); err != nil {
+			// The agent believes them served: a new process gets them again.
+			defer p.conn.Close()
+		}
 	case *linepb.Message_CloseListeners:
 		p.proxy.CloseNetns(b.CloseListeners.GetNetnsCookie())
 	case *linepb.Message_Addresses:
@@ -99,18 +102,27 @@ func (p *process) setPolicies(ctx context.Context, in *line.Incoming, generation
 	}
 	plan, problems := compile.Build(files, compile.Options{TrustDomain: p.start.GetTrustDomain(), Node: p.start.GetNode()})
 	if plan == nil {
-		return fmt.Errorf("compile policy set %d: %s", generation, problems[0])
+		return fmt.Errorf("compile policy set %d: %s", generation, firstError(problems))
 	}
-	if err := p.setIssuers(plan); err != nil {
-		return err
-	}
+	issuersErr := p.setIssuers(plan)
 	ctx, cancel := context.WithTimeout(ctx, applyTimeout)
 	defer cancel()
 	relErr := p.setModels(ctx, plan)
-	// The plan is swapped in all the same: what needs a model that is not
-	// there is denied, while keeping the old plan would keep old rules.
+	// The plan is swapped in all the same: what needs an issuer or a model
+	// that is not there is denied, while keeping the old plan would keep old
+	// rules.
 	p.proxy.SetPlan(plan, generation)
-	return relErr
+	return errors.Join(issuersErr, relErr)
+}
+
+// firstError is what a set was refused for.
+func firstError(problems []load.Problem) string {
+	for _, p := range problems {
+		if p.Severity == load.Error {
+			return p.String()
+		}
+	}
+	return "no reason given"
 }
 
 func (p *process) setIssuers(plan *compile.Plan) error {
@@ -214,17 +226,16 @@ func (p *process) setRevocations(m *linepb.Revocations) error {
 		tokens = append(tokens, token.Revocation{Kind: r.GetKind(), Value: one.Value, Since: one.Since, Until: one.Until})
 	}
 	// Tokens first: nothing may be allowed by a revoked one once the streams
-	// have been swept.
-	if err := p.tokens.SetRevocations(tokens); err != nil {
-		return err
-	}
+	// have been swept. What is wrong with one list is no reason to keep an old
+	// one of the other.
+	tokensErr := p.tokens.SetRevocations(tokens)
 	revocations, err := identity.NewRevocations(list, m.GetGeneration())
 	if err != nil {
-		return err
+		return errors.Join(tokensErr, err)
 	}
 	p.verifier.SetRevocations(revocations)
 	p.pipeline.SetRevocations(revocations)
-	return nil
+	return tokensErr
 }
 
 func (p *process) setKeys(m *linepb.KeySet) error {

@@ -57,10 +57,11 @@ type process struct {
 	flows     flows
 
 	draining atomic.Bool
+	lost     uint64 // decision records that could not be sent; of report alone
 }
 
 // Run is the whole life of the process: it speaks to the agent on the line
-// until that ends, and returns once everything is closed. confine is called
+// until that or ctx ends, and returns once everything is closed. confine is called
 // with the state directory as soon as that is known, nil for a test that is a
 // process of its own purposes.
 func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Logger, confine func(stateDir string) error) error {
@@ -70,6 +71,7 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		return fmt.Errorf("wait for the agent's first message: %w", err)
 	}
 	if len(fds) != 0 || first.GetStart() == nil {
+		closeAll(fds)
 		return errors.New("wait for the agent's first message: it is not a start")
 	}
 	p.start = first.GetStart()
@@ -92,6 +94,9 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		Logger:     log,
 	})
 	defer p.conn.Close()
+	// Told to end (SIGTERM) is the same as left alone: nothing may be served
+	// that nobody looks after.
+	defer context.AfterFunc(ctx, func() { p.conn.Close() })() //nolint:errcheck // nothing to be done about it
 	if err := p.open(ctx); err != nil {
 		return err
 	}
@@ -109,6 +114,9 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		Draining:    p.draining.Load,
 		Idle:        func() bool { return p.engine.Stats().Conns == 0 },
 	}.Watch(p.conn)
+	if p.draining.Load() {
+		p.engine.Shutdown(ctx) //nolint:errcheck // what it cut is what ctx asked for
+	}
 	return nil
 }
 
@@ -213,6 +221,7 @@ func (p *process) report(ctx context.Context) {
 // whether there may be more.
 func (p *process) reportBatch() bool {
 	records, lost := p.pipeline.TakeRecords(recordBatch)
+	lost, p.lost = lost+p.lost, 0
 	if len(records) == 0 && lost == 0 {
 		return false
 	}
@@ -225,6 +234,7 @@ func (p *process) reportBatch() bool {
 		m := &linepb.Message{Body: &linepb.Message_Decisions{Decisions: &linepb.Decisions{Records: records[:n], Lost: lost}}}
 		if err := p.conn.Notify(m); err != nil {
 			p.log.Warn("decision records lost", "records", len(records), "err", err)
+			p.lost = lost + uint64(len(records)) // said when the line takes messages again
 			return false
 		}
 		records, lost = records[n:], 0
