@@ -64,7 +64,7 @@ KERNELS := 6.1 6.12
 vmtest: ## the tests of the kernel half in virtual machines, a kernel each (Debian; slow)
 	@command -v qemu-system-x86_64 >/dev/null && command -v xz >/dev/null || { apt-get update -qq; \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends qemu-system-x86 xz-utils >/dev/null; }
-	@for k in $(KERNELS); do go test -count=1 ./vmtests -kernel $$k || failed=1; done; [ -z "$${failed:-}" ]
+	@for k in $(KERNELS); do go test -count=1 -timeout 20m ./vmtests -kernel $$k || failed=1; done; [ -z "$${failed:-}" ]
 
 generate: ## BPF objects and generated Go (clang, protoc)
 	go generate ./bpf/... ./userspace/... ./agent/...
