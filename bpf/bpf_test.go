@@ -81,7 +81,7 @@ func TestRecordsHaveNoHoles(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen := 0
-	for _, name := range strings.Fields(`address identity_value path_key claimed_key claimed_value egress_key egress_value
+	for name := range strings.FieldsSeq(`address identity_value path_key claimed_key claimed_value egress_key egress_value
 		verdict_key verdict_value flow_key flow_value protected_key protected_value netns_value listening_key usage_value
 		number_value name_key control_value socket_tag event sample forget_args`) {
 		var s *btf.Struct

@@ -4,6 +4,7 @@ package datapath
 
 import (
 	"encoding/binary"
+	"errors"
 	"net/netip"
 	"os"
 	"reflect"
@@ -62,8 +63,8 @@ func TestAbiAgreesWithBTF(t *testing.T) {
 
 func fields(t reflect.Type) func(func(reflect.StructField) bool) {
 	return func(yield func(reflect.StructField) bool) {
-		for i := range t.NumField() {
-			if !yield(t.Field(i)) {
+		for field := range t.Fields() {
+			if !yield(field) {
 				return
 			}
 		}
@@ -152,7 +153,7 @@ func TestFlowMapReadOnly(t *testing.T) {
 		t.Errorf("a look-up allocates %v times", allocs)
 	}
 	missing := abi.Key(1, peer, local)
-	if err := m.Lookup(&missing, &v); err != unix.ENOENT {
+	if err := m.Lookup(&missing, &v); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("a missing entry: %v", err)
 	}
 	fd, err := dup(int(f.Fd()), "copy")

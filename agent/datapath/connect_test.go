@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"errors"
 	"net/netip"
 	"sync"
 	"testing"
@@ -71,7 +72,7 @@ func TestUnclaimedIsLeftAlone(t *testing.T) {
 	} else if local, err := c.Local(); err != nil || local != peer {
 		t.Errorf("server sees %s, client is %s", peer, local)
 	}
-	if _, err := n.client.Dial(netip.MustParseAddrPort("192.0.2.10:9998")); err != unix.ECONNREFUSED {
+	if _, err := n.client.Dial(netip.MustParseAddrPort("192.0.2.10:9998")); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("closed port: %v", err)
 	}
 }
@@ -130,7 +131,7 @@ func TestOtherWaysToConnect(t *testing.T) {
 	t.Run("again after a refusal", func(t *testing.T) {
 		s, err := n.client.TCP(address4)
 		must(t, err)
-		if err := s.Connect(netip.MustParseAddrPort("192.0.2.10:9998")); err != unix.ECONNREFUSED {
+		if err := s.Connect(netip.MustParseAddrPort("192.0.2.10:9998")); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatalf("closed port: %v", err)
 		}
 		must(t, s.Connect(address4))

@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -42,7 +43,7 @@ func TestForeignSocketIsRefused(t *testing.T) {
 			defer f.Close()
 			handed, err := c.user.Adopt(f)
 			must(t, err)
-			if err := handed.Connect(c.dst); err != unix.EPERM {
+			if err := handed.Connect(c.dst); !errors.Is(err, unix.EPERM) {
 				t.Errorf("connect: %v", err)
 			}
 			if e := n.event(t, flow.ReasonForeignSocket); e.Identity != c.wantIdentity || !e.Enforced {
@@ -84,9 +85,9 @@ func TestSocketKinds(t *testing.T) {
 			switch {
 			case !c.refused && err != nil:
 				t.Errorf("socket: %v", err)
-			case c.refused && err != unix.EPROTONOSUPPORT:
+			case c.refused && !errors.Is(err, unix.EPROTONOSUPPORT):
 				t.Errorf("socket: %v", err)
-			case c.refused && without == unix.EPROTONOSUPPORT:
+			case c.refused && errors.Is(without, unix.EPROTONOSUPPORT):
 				t.Logf("this kernel has none of that kind anyway")
 			case c.refused && without != nil:
 				t.Errorf("without identity: %v", without)
@@ -108,10 +109,10 @@ func TestDatagramsToClaimedAddressesAreRefused(t *testing.T) {
 		}
 		s, err := n.client.Socket(domain, unix.SOCK_DGRAM, 0)
 		must(t, err)
-		if err := s.SendTo([]byte("x"), dst); err != unix.EPERM {
+		if err := s.SendTo([]byte("x"), dst); !errors.Is(err, unix.EPERM) {
 			t.Errorf("sendto %s: %v", dst, err)
 		}
-		if err := s.Connect(dst); err != unix.EPERM {
+		if err := s.Connect(dst); !errors.Is(err, unix.EPERM) {
 			t.Errorf("connect %s: %v", dst, err)
 		}
 		other := netip.AddrPortFrom(dst.Addr(), 53)
@@ -127,7 +128,7 @@ func TestDeviceBoundSocket(t *testing.T) {
 	s, err := n.client.TCP(address4)
 	must(t, err)
 	must(t, s.SetString(unix.SOL_SOCKET, unix.SO_BINDTODEVICE, "eth0"))
-	if err := s.Connect(address4); err != unix.EPERM {
+	if err := s.Connect(address4); !errors.Is(err, unix.EPERM) {
 		t.Errorf("connect: %v", err)
 	}
 	n.event(t, flow.ReasonDevice)
@@ -175,7 +176,7 @@ func TestFlags(t *testing.T) {
 	check := func(dst netip.AddrPort, want error) {
 		t.Helper()
 		s, err := n.client.Dial(dst)
-		if err != want {
+		if !errors.Is(err, want) {
 			t.Errorf("connect to %s: %v, want %v", dst, err, want)
 		}
 		if err == nil {
@@ -258,7 +259,7 @@ func TestCgroupsInherit(t *testing.T) {
 		t.Error(err)
 	}
 	pretender := testenv.NewActor(t, testenv.NewCgroup(t, n.agentCgroup), n.netns)
-	if _, err := pretender.Listen(netip.MustParseAddrPort("127.0.0.2:15001")); err != unix.EPERM {
+	if _, err := pretender.Listen(netip.MustParseAddrPort("127.0.0.2:15001")); !errors.Is(err, unix.EPERM) {
 		t.Errorf("a child of the agent's leaf could bind our port: %v", err)
 	}
 }
@@ -299,7 +300,7 @@ func TestCgroupMadeAgainIsKnown(t *testing.T) {
 		t.Error("the identity of a cgroup that is gone is still there")
 	}
 	cg := testenv.MakeCgroup(t, path)
-	if _, err := testenv.NewActor(t, cg, n.netns).Listen(address4); err != unix.EPERM {
+	if _, err := testenv.NewActor(t, cg, n.netns).Listen(address4); !errors.Is(err, unix.EPERM) {
 		t.Errorf("after the path was deleted: %v", err)
 	}
 }
@@ -331,13 +332,13 @@ func TestFullFlowMapRefuses(t *testing.T) {
 		s, err := n.client.TCP(address4)
 		if err == nil {
 			must(t, s.SetTimeout(20*time.Millisecond)) // the backlog is small, the entry is there all the same
-			if err = s.Connect(address4); err == unix.EINPROGRESS {
+			if err = s.Connect(address4); errors.Is(err, unix.EINPROGRESS) {
 				err = nil
 			}
 		}
 		return s, err
 	})
-	if err != unix.EPERM || len(socks) != 20 {
+	if !errors.Is(err, unix.EPERM) || len(socks) != 20 {
 		t.Errorf("quota: %d connections, then %v", len(socks), err)
 	}
 	if e := n.event(t, flow.ReasonMapFull); e.Identity != clientNumber {
@@ -366,7 +367,7 @@ func TestFullFlowMapRefuses(t *testing.T) {
 		}
 		dials = append(dials, s)
 	}
-	if err != unix.EPERM || len(dials) != 5 {
+	if !errors.Is(err, unix.EPERM) || len(dials) != 5 {
 		t.Errorf("limit: %d dials, then %v", len(dials), err)
 	}
 	drop(dials)
@@ -440,7 +441,7 @@ func TestSocketsMadeBeforeAreAdopted(t *testing.T) {
 			}
 		}
 	}
-	if err := handed.Connect(address4); err != unix.EPERM {
+	if err := handed.Connect(address4); !errors.Is(err, unix.EPERM) {
 		t.Errorf("a foreign socket: %v", err)
 	}
 	c, err := n.Counters()

@@ -4,6 +4,7 @@ package datapath
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -57,7 +58,7 @@ func cgroupIDOf(path string) (uint64, error) {
 	return binary.NativeEndian.Uint64(handle.Bytes()), nil
 }
 
-// kernfsHandle is FILEID_KERNFS of linux/exportfs.h.
+// kernfsHandle is FILEID_KERNFS, the type of a file handle of kernfs.
 const kernfsHandle = 0xfe
 
 // bit is the bit of a cgroup's level, allLevels where it cannot be told.
@@ -85,7 +86,7 @@ func (l levels) gone(cgroupID uint64) bool {
 	if err == nil {
 		unix.Close(fd)
 	}
-	return err == unix.ESTALE
+	return errors.Is(err, unix.ESTALE)
 }
 
 func (l levels) open(cgroupID uint64) (fd int, err error) {

@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -192,7 +193,7 @@ func unmapped(a netip.AddrPort) netip.AddrPort { return unmap(a) }
 func nothingAccepted(t testing.TB, s *testenv.Sock, who string) {
 	t.Helper()
 	must(t, s.SetTimeout(50*time.Millisecond))
-	if _, peer, err := s.Accept(); err != unix.EAGAIN {
+	if _, peer, err := s.Accept(); !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("%s received a connection from %s (%v)", who, peer, err)
 	}
 }

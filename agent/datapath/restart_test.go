@@ -41,11 +41,11 @@ func TestKilledAgent(t *testing.T) {
 		t.Errorf("a live direct connection: %q, %v", b, err)
 	}
 	for who, a := range map[string]*testenv.Actor{"a workload with a verdict": n.client, "a stranger": stranger} {
-		if _, err := a.Dial(address4); err != unix.ECONNREFUSED {
+		if _, err := a.Dial(address4); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("%s: %v", who, err)
 		}
 	}
-	if _, err := n.client.Listen(address6); err != unix.EPERM {
+	if _, err := n.client.Listen(address6); !errors.Is(err, unix.EPERM) {
 		t.Errorf("a squatter in the subtree: %v", err)
 	}
 	nothingAccepted(t, l, "the server")

@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"testing"
@@ -147,7 +148,7 @@ func TestVerdictEnds(t *testing.T) {
 		must(t, err)
 		must(t, n.PutVerdict(flow.Verdict{Source: clientNumber, SourceNetns: n.netns.Cookie, Destination: address4,
 			Action: flow.ActionDeny, Expires: time.Minute}, g))
-		if _, err := n.client.Dial(address4); err != unix.EPERM {
+		if _, err := n.client.Dial(address4); !errors.Is(err, unix.EPERM) {
 			t.Errorf("connect: %v", err)
 		}
 		if e := n.event(t, flow.ReasonVerdictDeny); e.Identity != clientNumber || e.Target != serverNumber ||
@@ -243,7 +244,7 @@ func TestStrangersAreSteered(t *testing.T) {
 	}
 	nothingAccepted(t, l, "the server")
 	for _, dst := range []string{"127.0.0.1:15001", "[::1]:15001", "192.0.2.10:15006", "127.0.0.1:15006", "[::1]:15006"} {
-		if _, err := stranger.Dial(netip.MustParseAddrPort(dst)); err != unix.ECONNREFUSED {
+		if _, err := stranger.Dial(netip.MustParseAddrPort(dst)); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("a stranger reached %s: %v", dst, err)
 		}
 	}
@@ -262,7 +263,7 @@ func TestListenerGoneIsRefused(t *testing.T) {
 	l, err := n.server.Listen(address4)
 	must(t, err)
 	for who, a := range map[string]*testenv.Actor{"a stranger": stranger, "a workload": n.client} {
-		if _, err := a.Dial(address4); err != unix.ECONNREFUSED {
+		if _, err := a.Dial(address4); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("%s: %v", who, err)
 		}
 	}
@@ -275,7 +276,7 @@ func TestListenerGoneIsRefused(t *testing.T) {
 func TestServerGoneIsRefused(t *testing.T) {
 	n := newNode(t, flow.ModeEnforce)
 	_, inbound := n.listenAll(t)
-	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); err != unix.ECONNREFUSED {
+	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial with no server: %v", err)
 	}
 	if e := n.event(t, flow.ReasonServerGone); e.Target != serverNumber || e.Destination != address4 {
@@ -285,7 +286,7 @@ func TestServerGoneIsRefused(t *testing.T) {
 	l, err := n.server.Listen(address4)
 	must(t, err)
 	for _, target := range []flow.IdentityNumber{clientNumber, 0} {
-		if _, err := n.dial(t, address4, DialTag{Target: target}); err != unix.ECONNREFUSED {
+		if _, err := n.dial(t, address4, DialTag{Target: target}); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("dial that expects identity %d: %v", target, err)
 		}
 	}
@@ -302,21 +303,21 @@ func TestSquatterReceivesNothing(t *testing.T) {
 	must(t, n.netns.Do(func() error {
 		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("1024 65535"), 0)
 	}))
-	if _, err := n.client.Listen(address4); err != unix.EPERM {
+	if _, err := n.client.Listen(address4); !errors.Is(err, unix.EPERM) {
 		t.Errorf("another identity could bind: %v", err)
 	}
 	if e := n.event(t, flow.ReasonBindGuard); e.Identity != clientNumber || e.Target != serverNumber || e.Source != address4 {
 		t.Errorf("event %+v", e)
 	}
 	nobody := testenv.NewActor(t, testenv.NewCgroup(t, n.root), n.netns)
-	if _, err := nobody.Listen(netip.MustParseAddrPort("[::]:8080")); err != unix.EPERM {
+	if _, err := nobody.Listen(netip.MustParseAddrPort("[::]:8080")); !errors.Is(err, unix.EPERM) {
 		t.Errorf("a process without identity could bind: %v", err)
 	}
 	t.Run("given by the kernel", func(t *testing.T) {
 		s, err := n.client.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 		must(t, err)
 		must(t, s.SetInt(unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, port<<16|port))
-		if err := s.Bind(netip.MustParseAddrPort("0.0.0.0:0")); err != unix.EPERM {
+		if err := s.Bind(netip.MustParseAddrPort("0.0.0.0:0")); !errors.Is(err, unix.EPERM) {
 			t.Errorf("bind(0): %v", err)
 		}
 	})
@@ -339,7 +340,7 @@ func TestSquatterReceivesNothing(t *testing.T) {
 	if at, err := unbound.Local(); err != nil || at.Port() != port {
 		t.Errorf("listen without bind got %s (%v): the test proves nothing", at, err)
 	}
-	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); err != unix.ECONNREFUSED {
+	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial: %v", err)
 	}
 	nothingAccepted(t, unbound, "the squatter that did not bind")
@@ -348,13 +349,13 @@ func TestSquatterReceivesNothing(t *testing.T) {
 	reach := func(what string, want error) {
 		t.Helper()
 		for range 8 {
-			if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); err != want {
+			if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); !errors.Is(err, want) {
 				t.Errorf("%s: dial: %v", what, err)
 			}
 		}
 		n.direct(t, address4, time.Minute)
 		for range 8 {
-			if _, err := n.client.Dial(address4); err != want {
+			if _, err := n.client.Dial(address4); !errors.Is(err, want) {
 				t.Errorf("%s: direct: %v", what, err)
 			}
 		}
@@ -384,7 +385,7 @@ func TestOwnPortsAreGuarded(t *testing.T) {
 	must(t, outbound[4].Close())
 	must(t, outbound[6].Close())
 	for _, at := range []string{"127.0.0.1:15001", "[::]:15001", "127.0.0.1:15006", "0.0.0.0:15008"} {
-		if _, err := n.client.Listen(netip.MustParseAddrPort(at)); err != unix.EPERM {
+		if _, err := n.client.Listen(netip.MustParseAddrPort(at)); !errors.Is(err, unix.EPERM) {
 			t.Errorf("a workload could bind %s: %v", at, err)
 		}
 	}
@@ -398,7 +399,7 @@ func TestOwnPortsAreGuarded(t *testing.T) {
 		t.Errorf("audit, listener gone: %v", err)
 	}
 	must(t, n.Apply(n.state(flow.ModeEnforce)))
-	if _, err := n.client.Dial(address4); err != unix.ECONNREFUSED {
+	if _, err := n.client.Dial(address4); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("enforce, listener gone: %v", err)
 	}
 	nothingAccepted(t, l, "the squatter on 15001")
@@ -457,7 +458,7 @@ func TestServerThatListenedBefore(t *testing.T) {
 	l, err := n.server.Listen(address4)
 	must(t, err)
 	must(t, n.Protect(at, Protection{serverNumber, flow.ModeEnforce}))
-	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); err != unix.ECONNREFUSED {
+	if _, err := n.dial(t, address4, DialTag{Target: serverNumber}); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("before it is registered: %v", err)
 	}
 	f, err := l.File()

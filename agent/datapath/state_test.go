@@ -188,7 +188,7 @@ func TestDirectIntoAnotherNetns(t *testing.T) {
 		if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 2 || total != 2 {
 			t.Errorf("%d and %d entries are counted (%v)", own, total, err)
 		}
-		if _, err := stranger.Dial(dst); err != unix.ECONNREFUSED {
+		if _, err := stranger.Dial(dst); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("a stranger from the other netns: %v", err)
 		}
 		must(t, c.Close())

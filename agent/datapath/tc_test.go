@@ -4,6 +4,7 @@ package datapath
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -68,7 +69,7 @@ func TestBackstop(t *testing.T) {
 				s, err := n.client.TCP(dst)
 				must(t, err)
 				must(t, s.SetTimeout(300*time.Millisecond))
-				if err := s.Connect(dst); err != c.want {
+				if err := s.Connect(dst); !errors.Is(err, c.want) {
 					t.Errorf("connect to %s: %v, want %v", dst, err, c.want)
 				}
 				if e := n.event(t, flow.ReasonUntagged); e.Identity != clientNumber || e.Target != serverNumber ||
@@ -102,7 +103,7 @@ func TestBackstopAndEgress(t *testing.T) {
 		must(t, s.SetTimeout(200*time.Millisecond))
 		return s.Connect(open)
 	}
-	if err := try(); err != unix.EINPROGRESS {
+	if err := try(); !errors.Is(err, unix.EINPROGRESS) {
 		t.Errorf("connect: %v", err)
 	}
 	must(t, n.AllowEgress(EgressRule{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_TCP}))
@@ -194,7 +195,7 @@ func TestFramesByHand(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			before := n.refused(t, flow.ReasonUntagged)
 			// A drop shows to the sender of a frame.
-			if err := n.client.SendFrame(n.index(t, "eth0"), c.frame); (err == unix.ENOBUFS) != c.want {
+			if err := n.client.SendFrame(n.index(t, "eth0"), c.frame); (errors.Is(err, unix.ENOBUFS)) != c.want {
 				t.Errorf("send: %v", err)
 			}
 			if got := n.refused(t, flow.ReasonUntagged) > before; got != c.want {
@@ -203,7 +204,7 @@ func TestFramesByHand(t *testing.T) {
 		})
 	}
 	child := testenv.NewActor(t, testenv.NewCgroup(t, testenv.NewCgroup(t, n.clientCgroup)), n.netns)
-	if err := child.SendFrame(n.index(t, "eth0"), syn(src4, remote4, nil)); err != unix.ENOBUFS {
+	if err := child.SendFrame(n.index(t, "eth0"), syn(src4, remote4, nil)); !errors.Is(err, unix.ENOBUFS) {
 		t.Errorf("a frame of a grandchild of the workload: %v", err)
 	}
 	// The same frames of a process without identity pass.
@@ -242,7 +243,7 @@ func TestHostSideOfAVeth(t *testing.T) {
 	s, err := n.client.TCP(remote)
 	must(t, err)
 	must(t, s.SetTimeout(300*time.Millisecond))
-	if err := s.Connect(remote); err != unix.EINPROGRESS {
+	if err := s.Connect(remote); !errors.Is(err, unix.EINPROGRESS) {
 		t.Errorf("an untagged SYN passed the host side: %v", err)
 	}
 	n.event(t, flow.ReasonUntagged)
@@ -364,11 +365,11 @@ func TestFloodsLoseNoRefusal(t *testing.T) {
 	must(t, err)
 	must(t, n.SetIdentity(n.clientCgroup.ID, Identity{clientNumber, flow.ModeEnforce, FlagRevoked}))
 	for range 500 {
-		if err := raw.Connect(address4); err != unix.EPERM {
+		if err := raw.Connect(address4); !errors.Is(err, unix.EPERM) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := n.server.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP); err != unix.EPROTONOSUPPORT {
+	if _, err := n.server.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP); !errors.Is(err, unix.EPROTONOSUPPORT) {
 		t.Fatal(err)
 	}
 	if e := n.event(t, flow.ReasonSocketKind); e.Identity != serverNumber {

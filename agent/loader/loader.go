@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -284,9 +285,8 @@ func (k *Kernel) instance(names []string, constants map[string]any) (*ebpf.Colle
 
 // explain keeps the end of a verifier's log, which holds the cause.
 func explain(err error) error {
-	var ve *ebpf.VerifierError
-	if errors.As(err, &ve) {
-		return fmt.Errorf("%-3v", ve)
+	if ve, ok := errors.AsType[*ebpf.VerifierError](err); ok {
+		return errors.New(strings.TrimSpace(fmt.Sprintf("%-3v", ve))) // its last lines alone
 	}
 	return err
 }

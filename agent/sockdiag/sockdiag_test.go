@@ -76,10 +76,10 @@ func TestListAndDestroy(t *testing.T) {
 			if !found {
 				t.Fatalf("the server's socket is not among %+v", connected)
 			}
-			if _, err := s.Recv(1); err != unix.ECONNABORTED {
+			if _, err := s.Recv(1); !errors.Is(err, unix.ECONNABORTED) {
 				t.Errorf("the server's socket: %v", err)
 			}
-			if _, err := c.Recv(1); err != unix.ECONNRESET {
+			if _, err := c.Recv(1); !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("the client's socket: %v", err)
 			}
 			for _, s := range []*testenv.Sock{l, c, s} {

@@ -215,7 +215,7 @@ func recvJSON(line int, v any) (*os.File, error) {
 func recvmsg(line int, b, oob []byte) (n, oobn, flags int, from unix.Sockaddr, err error) {
 	for {
 		n, oobn, flags, from, err = unix.Recvmsg(line, b, oob, unix.MSG_CMSG_CLOEXEC)
-		if err != syscall.EINTR {
+		if !errors.Is(err, syscall.EINTR) {
 			return n, oobn, flags, from, err
 		}
 	}

@@ -3,6 +3,7 @@
 package testenv
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"strconv"
@@ -52,7 +53,7 @@ func TestActorInCgroupAndNetns(t *testing.T) {
 			t.Errorf("received %q, %v", got, err)
 		}
 	}
-	if _, err := client.Dial(netip.MustParseAddrPort("192.0.2.2:9")); err != unix.ECONNREFUSED {
+	if _, err := client.Dial(netip.MustParseAddrPort("192.0.2.2:9")); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial of a closed port: %v", err)
 	}
 	s, err := client.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)

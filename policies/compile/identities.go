@@ -127,7 +127,7 @@ func (c *compiler) checkSpiffeID(s string) string {
 	if !c.anyDomain && domain != c.trustDomain {
 		return "is of trust domain " + domain + ", this node is of " + c.trustDomain
 	}
-	for _, segment := range strings.Split(p, "/") {
+	for segment := range strings.SplitSeq(p, "/") {
 		if !isPathSegment(segment) {
 			return "has a path with an empty or dot segment, or with other characters than letters, digits, -, . and _"
 		}

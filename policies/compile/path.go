@@ -4,6 +4,7 @@ package compile
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -85,10 +86,8 @@ func (p *pattern) addParam(name string) error {
 	if !isIdentifier(name) {
 		return fmt.Errorf("{%s} is not a parameter: a name has letters, digits and _ and does not begin with a digit", name)
 	}
-	for _, n := range p.params {
-		if n == name {
-			return fmt.Errorf("{%s} stands there twice", name)
-		}
+	if slices.Contains(p.params, name) {
+		return fmt.Errorf("{%s} stands there twice", name)
 	}
 	if len(p.params) == maxParams {
 		return fmt.Errorf("a path may have %d parameters", maxParams)

@@ -246,7 +246,7 @@ func isHost(s string) bool {
 	if a, err := netip.ParseAddr(s); err == nil {
 		return a.Is4()
 	}
-	for _, label := range strings.Split(s, ".") {
+	for label := range strings.SplitSeq(s, ".") {
 		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
 			return false
 		}

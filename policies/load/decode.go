@@ -147,7 +147,7 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, key *yaml.Node, f *field)
 		v.Set(reflect.New(v.Type().Elem()))
 		v = v.Elem()
 	}
-	if u, ok := v.Addr().Interface().(encoding.TextUnmarshaler); ok && n.Kind == yaml.ScalarNode {
+	if u, ok := reflect.TypeAssert[encoding.TextUnmarshaler](v.Addr()); ok && n.Kind == yaml.ScalarNode {
 		d.text(n, u, f)
 		return
 	}

@@ -283,7 +283,7 @@ func (l *loader) syntax(p *part, err error) {
 			if parserError.MatchString(message) {
 				n++ // the library counts these from 0
 			}
-			pos.Line = min(p.skip+n, p.source.text.count())
+			pos.Line = min(p.skip+n, p.text.count())
 		}
 	}
 	line := p.line(pos.Line)

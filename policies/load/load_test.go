@@ -242,7 +242,7 @@ func TestEveryFieldCanBeDecoded(t *testing.T) {
 		if typ.Kind() != reflect.Struct || seen[typ] || typ.PkgPath() != reflect.TypeFor[v1alpha1.Rule]().PkgPath() {
 			return
 		}
-		if _, ok := reflect.New(typ).Interface().(interface{ UnmarshalText([]byte) error }); ok && typ.Name() != "Relation" {
+		if _, ok := reflect.TypeAssert[interface{ UnmarshalText([]byte) error }](reflect.New(typ)); ok && typ.Name() != "Relation" {
 			return
 		}
 		seen[typ] = true
@@ -263,7 +263,7 @@ func TestEveryFieldCanBeDecoded(t *testing.T) {
 			for kind.Kind() == reflect.Pointer || kind.Kind() == reflect.Slice || kind.Kind() == reflect.Map {
 				kind = kind.Elem()
 			}
-			_, text := reflect.New(kind).Interface().(interface{ UnmarshalText([]byte) error })
+			_, text := reflect.TypeAssert[interface{ UnmarshalText([]byte) error }](reflect.New(kind))
 			switch kind.Kind() {
 			case reflect.Struct, reflect.String, reflect.Bool, reflect.Uint16, reflect.Uint32, reflect.Int64, reflect.Interface:
 			default:

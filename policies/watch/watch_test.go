@@ -5,7 +5,6 @@ package watch
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -41,7 +40,7 @@ func start(t *testing.T, dir, state string, poll time.Duration) *harness {
 	ctx, cancel := context.WithCancel(context.Background())
 	w := New(Options{
 		Dir: dir, StateDir: state, Debounce: 5 * time.Millisecond, Poll: poll,
-		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Logger: slog.New(slog.DiscardHandler),
 		Build: func(files []load.File) (*compile.Plan, []load.Problem) {
 			return compile.Build(files, compile.Options{TrustDomain: "example.org", Node: "n"})
 		},

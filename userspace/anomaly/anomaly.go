@@ -36,6 +36,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -283,9 +284,7 @@ func (s *Scorer) admit(sm *Sample, who uint64, now int64) *endpoint {
 		return nil
 	}
 	m := make(map[uint64]*endpoint, len(old)+1)
-	for k, v := range old {
-		m[k] = v
-	}
+	maps.Copy(m, old)
 	e := &endpoint{hash: sm.hash, space: sm.space, api: clip(sm.key.API), method: clip(sm.key.Method), name: sm.name()}
 	m[sm.hash] = e
 	sh.m.Store(&m)
@@ -307,9 +306,7 @@ func (s *Scorer) ensureSpace(sm *Sample) *space {
 		return nil
 	}
 	m := make(map[uint64]*space, len(old)+1)
-	for k, v := range old {
-		m[k] = v
-	}
+	maps.Copy(m, old)
 	sp := &space{hash: sm.space, api: clip(sm.key.API)}
 	m[sm.space] = sp
 	s.spaces.Store(&m)

@@ -79,7 +79,7 @@ func (j *jsonReader) run() {
 		j.space()
 		ok = j.at == len(j.in)
 	}
-	if !ok && !(j.cut && j.at >= len(j.in)) && !j.sm.maximum {
+	if !ok && (!j.cut || j.at < len(j.in)) && !j.sm.maximum {
 		j.s.mark(j.sm, 6, "(not json)")
 	}
 }

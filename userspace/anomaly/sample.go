@@ -277,7 +277,7 @@ type accumulator struct {
 	f                *feature
 	hash             byteHash
 	symbols, pairs   uint64
-	once, twice      uint64
+	twice            uint64
 	shape, multiply  uint64
 	length           uint32
 	lastClass, token uint8

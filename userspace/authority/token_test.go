@@ -49,7 +49,7 @@ func TestParseToken(t *testing.T) {
 			t.Errorf("%s: the error repeats the token", name)
 		}
 	}
-	for _, s := range []string{fmt.Sprint(want), fmt.Sprintf("%v", want), fmt.Sprintf("%s", want), fmt.Sprintf("%#v", want)} {
+	for _, s := range []string{fmt.Sprint(want), fmt.Sprintf("%v", want), want.String(), fmt.Sprintf("%#v", want)} {
 		if strings.Contains(s, body[50:]) || !strings.Contains(s, want.ID()) {
 			t.Errorf("printed as %q", s)
 		}

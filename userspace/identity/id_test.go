@@ -84,8 +84,7 @@ func FuzzParseID(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		id, err := ParseID(s)
 		if err != nil {
-			var r *Refusal
-			if !errors.As(err, &r) {
+			if _, ok := errors.AsType[*Refusal](err); !ok {
 				t.Errorf("%q: %v is no *Refusal", s, err)
 			}
 			return

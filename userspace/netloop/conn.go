@@ -146,7 +146,7 @@ func (c *Conn) AwaitRead() error {
 			return err
 		}
 	}
-	if c.rerr != nil && c.rerr != io.EOF && len(c.ahead) == 0 {
+	if c.rerr != nil && !errors.Is(c.rerr, io.EOF) && len(c.ahead) == 0 {
 		return c.rerr
 	}
 	return nil

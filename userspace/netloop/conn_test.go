@@ -477,7 +477,7 @@ func TestSmallReads(t *testing.T) {
 			for i := 0; ; i++ {
 				n, err := c.Read(buf[:[]int{1, 100, 5000, 1, 50 << 10}[i%5]])
 				got = append(got, buf[:n]...)
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					return nil
 				}
 				if err != nil {
@@ -540,7 +540,7 @@ func TestBudget(t *testing.T) {
 		const total = 10 << 20
 		data, buf := make([]byte, 64<<10), make([]byte, 32<<10)
 		for n := 0; n < total; {
-			if _, err := unix.Write(fds[1], data); err != nil && err != syscall.EAGAIN {
+			if _, err := unix.Write(fds[1], data); err != nil && !errors.Is(err, syscall.EAGAIN) {
 				t.Error(err)
 				return
 			}
@@ -688,7 +688,7 @@ func TestEngineIsTLSClient(t *testing.T) {
 			if err := s.CloseWrite(); err != nil {
 				t.Error(err)
 			}
-			if n, err := s.Read(got); n != 0 || err != io.EOF {
+			if n, err := s.Read(got); n != 0 || !errors.Is(err, io.EOF) {
 				t.Errorf("after the end: %d, %v", n, err)
 			}
 		})

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"crypto/tls"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"testing"
@@ -23,7 +24,7 @@ func echoStream(t *netloop.Task, s netloop.Stream) error {
 	defer t.Release(buf)
 	for {
 		n, err := s.Read(buf)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return s.CloseWrite()
 		}
 		if err != nil {

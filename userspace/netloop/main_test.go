@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"log/slog"
 	"math/big"
 	"net"
@@ -173,7 +174,7 @@ func connecting(t testing.TB, addr string) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())}); err != nil && err != syscall.EINPROGRESS {
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())}); err != nil && !errors.Is(err, syscall.EINPROGRESS) {
 		unix.Close(fd)
 		t.Fatal(err)
 	}

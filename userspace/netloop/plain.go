@@ -235,7 +235,7 @@ func (c *Conn) readPlain(p []byte) (int, error) {
 	if c.rerr != nil { // closed meanwhile
 		return 0, c.rerr
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		c.rerr = err
 	}
 	return n, err

@@ -205,12 +205,12 @@ func (p *relay) move(h *half) error {
 		}
 	}
 	switch {
-	case err == nil, err == errAgain && h.from.ready:
+	case err == nil, errors.Is(err, errAgain) && h.from.ready:
 		p.schedule()
-	case err == io.EOF:
+	case errors.Is(err, io.EOF):
 		h.ended = true
 		return h.end()
-	case err != errAgain:
+	case !errors.Is(err, errAgain):
 		return err
 	}
 	return nil
@@ -242,7 +242,7 @@ func (h *half) end() error {
 // truncated tells a TLS stream whose transport ended from one ended by close_notify, after which crypto/tls reads no further.
 func truncated(s Stream, transport *Conn) bool {
 	_, secured := s.(*tls.Conn)
-	return secured && transport != nil && transport.rerr == io.EOF
+	return secured && transport != nil && errors.Is(transport.rerr, io.EOF)
 }
 
 const relayBufferSize = 96 << 10
@@ -311,7 +311,7 @@ func (p *pair) copy(t *Task, src, dst Stream, moved *int64) error {
 		switch {
 		case p.err != nil:
 			return p.err
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			if truncated(src, bottom(src)) {
 				return io.ErrUnexpectedEOF
 			}
@@ -354,7 +354,7 @@ func (p *pair) step(t *Task, src, dst Stream) (int, error) {
 		}
 	}
 	t.Release(buf)
-	if err == errAgain {
+	if errors.Is(err, errAgain) {
 		err = c.AwaitRead()
 	}
 	if n > 0 && err == nil {

@@ -3,6 +3,7 @@
 package netloop
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime/debug"
@@ -183,7 +184,7 @@ func (t *Task) Sleep(d time.Duration) error {
 	if d <= 0 {
 		return t.Yield()
 	}
-	if err := t.park(t.l.e.after(d)); err != os.ErrDeadlineExceeded {
+	if err := t.park(t.l.e.after(d)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
 	return nil

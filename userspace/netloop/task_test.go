@@ -289,7 +289,7 @@ func TestEvent(t *testing.T) {
 			for range 50 {
 				_ = task.Yield()
 			}
-			if err := task.WaitTimeout(&ready, 10*time.Millisecond); err != os.ErrDeadlineExceeded || len(woken) != 0 {
+			if err := task.WaitTimeout(&ready, 10*time.Millisecond); !errors.Is(err, os.ErrDeadlineExceeded) || len(woken) != 0 {
 				t.Errorf("%v, woken %v without a signal", err, woken)
 			}
 			ev.Signal()
@@ -299,7 +299,7 @@ func TestEvent(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := task.WaitUntil(&ready, time.Now().Add(10*time.Millisecond)); err != os.ErrDeadlineExceeded || len(woken) != 2 {
+			if err := task.WaitUntil(&ready, time.Now().Add(10*time.Millisecond)); !errors.Is(err, os.ErrDeadlineExceeded) || len(woken) != 2 {
 				t.Errorf("%v, woken %v by two signals", err, woken)
 			}
 			ev.Broadcast()
@@ -513,7 +513,7 @@ func TestCloseEndsEverything(t *testing.T) {
 		if _, err := io.Copy(io.Discard, c); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("the client saw %v, want a reset", err)
 		}
-		if err := b.Close(); err != netloop.ErrClosed {
+		if err := b.Close(); !errors.Is(err, netloop.ErrClosed) {
 			t.Errorf("second Close: %v", err)
 		}
 		b.Go(func(*netloop.Task) { t.Error("a task was started after Close") })

@@ -3,6 +3,7 @@
 package pipeline
 
 import (
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -203,10 +204,8 @@ func (a *acts) permit(policy, group, id string, now time.Time) bool {
 	if now.Sub(g.since) >= actWindow {
 		g.since, g.identities = now, g.identities[:0]
 	}
-	for _, known := range g.identities {
-		if known == id {
-			return true
-		}
+	if slices.Contains(g.identities, id) {
+		return true
 	}
 	if len(g.identities) >= actsPerGroup {
 		return false

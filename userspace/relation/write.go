@@ -88,7 +88,7 @@ func (e *Engine) put(ctx context.Context, m *model, tuples []Tuple) error {
 		if err != nil {
 			return err
 		}
-		if there && !(old.NotBefore.Equal(tuples[i].NotBefore) && old.Expires.Equal(tuples[i].Expires)) {
+		if there && (!old.NotBefore.Equal(tuples[i].NotBefore) || !old.Expires.Equal(tuples[i].Expires)) {
 			changed = append(changed, tuples[i])
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"crypto/rsa"
 	"encoding/base64"
 	"encoding/json"
+	"maps"
 	"math/big"
 	"testing"
 	"time"
@@ -129,9 +130,7 @@ func claimsAt(now time.Time) map[string]any {
 // with returns m with name set to value, or without it where value is nil.
 func with(m map[string]any, name string, value any) map[string]any {
 	out := make(map[string]any, len(m)+1)
-	for k, v := range m {
-		out[k] = v
-	}
+	maps.Copy(out, m)
 	if value == nil {
 		delete(out, name)
 	} else {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/url"
 	"slices"
 	"strings"
@@ -151,9 +152,7 @@ func (v *Verifier) SetIssuer(one Issuer) error {
 		return fmt.Errorf("set token issuer %q: there are %d already", one.Name, maxIssuers)
 	}
 	next := make(map[string]*issuer, len(old)+1)
-	for name, i := range old {
-		next[name] = i
-	}
+	maps.Copy(next, old)
 	next[one.Name] = made
 	v.issuers.Store(&next)
 	if replaced := old[one.Name]; replaced != nil && replaced != made {

@@ -114,8 +114,7 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 // isAnswer says whether the TPM itself refused for a reason that loading
 // the key again would not cure.
 func isAnswer(err error) bool {
-	var rc tpm2.TPMRC
-	if !errors.As(err, &rc) {
+	if _, ok := errors.AsType[tpm2.TPMRC](err); !ok {
 		return false
 	}
 	return !errors.Is(err, tpm2.TPMRCHandle) && !errors.Is(err, tpm2.TPMRCReferenceH0) && !errors.Is(err, tpm2.TPMRCInitialize) &&
