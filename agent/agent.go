@@ -88,6 +88,10 @@ type Agent struct {
 
 	session atomic.Pointer[session] // to the userspace process, nil while there is none; changed under mu
 
+	// serving is held, for reading, while a request of the userspace process
+	// is carried out: the end waits for that.
+	serving sync.RWMutex
+
 	// mu serialises reconcile, and guards what it works on.
 	mu         sync.Mutex
 	in         inputs
@@ -334,6 +338,7 @@ func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
 	superStop()
 	<-userspace
 	wg.Wait()
+	a.serving.Lock() // for good: what requests work on is closed next
 	a.closeNamespaces()
 	if errors.Is(first, context.Canceled) {
 		return nil

@@ -218,6 +218,7 @@ func newGround(t *testing.T, change ...func(*config.Config)) *ground {
 	closers, err := g.open(ctx, io.Discard)
 	t.Cleanup(func() {
 		cancel()
+		g.serving.Lock()
 		g.closeNamespaces()
 		for _, closer := range slices.Backward(closers) {
 			closer()

@@ -59,6 +59,11 @@ func concurrent(m *linepb.Message) bool {
 // hostile: everything is held against the agent's own view.
 func (s *session) handle(_ context.Context, in *line.Incoming) {
 	a := s.a
+	a.serving.RLock()
+	defer a.serving.RUnlock()
+	if a.current.Err() != nil {
+		return // what it would be done with is being closed
+	}
 	switch b := in.Message.GetBody().(type) {
 	case *linepb.Message_Ready:
 		s.once.Do(func() { close(s.ready) })
@@ -92,8 +97,8 @@ func (s *session) handle(_ context.Context, in *line.Incoming) {
 			s.refused(metrics.LineOther, err)
 		}
 	default:
-		in.Refuse("not a request that userspace may make")
 		s.refused(metrics.LineOther, refuse(flow.ReasonLineRefused, "message %T", b))
+		in.Refuse("not a request that userspace may make")
 	}
 }
 

@@ -134,6 +134,9 @@ func (a *Agent) userspaceStarted(p *supervise.Process) {
 func (a *Agent) adoptSession(s *session) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if err := a.current.Err(); err != nil {
+		return err
+	}
 	if s.process.Ended() {
 		// Its end has been seen to: nobody would take it away again.
 		return errors.New("it has ended")
