@@ -91,7 +91,7 @@ func next(t *testing.T, got chan delivery) delivery {
 
 func TestFetch(t *testing.T) {
 	big := strings.Repeat("x", MaxDocument)
-	var other *server = newServer(t, text("stolen"))
+	other := newServer(t, text("stolen"))
 	tests := []struct {
 		name    string
 		handler http.HandlerFunc
