@@ -18,14 +18,15 @@ var guestModules = []string{
 type kernel struct {
 	version string
 	// lacks names what does not pass there, by package and top-level test,
-	// with the reason. It has to be run all the same: once it passes, it
-	// has to leave the list. Every other test has to pass; one that is
-	// skipped counts as failed.
+	// with an expression that matches every complaint of it, so that it hides
+	// nothing else. It is run all the same: once it passes, it has to leave
+	// the list. Every other test has to pass; one that is skipped counts as
+	// failed.
 	lacks map[string]map[string]string
 }
 
 // tcx is why an older kernel cannot attach to interfaces.
-const tcx = "tcx not supported (requires >= v6.6)"
+const tcx = `tcx not supported \(requires >= v6\.6\)$`
 
 var matrix = []kernel{
 	{version: "6.1", lacks: map[string]map[string]string{
@@ -37,7 +38,8 @@ var matrix = []kernel{
 			"TestUninstallLeavesNothing":    tcx,
 			"TestStalePinsAreSwept":         tcx,
 			"TestInterfaceOfAnotherNetns":   tcx,
-			"TestNothingLeaks":              tcx,
+			// It leaves open what it holds when it gives up.
+			"TestNothingLeaks": tcx + `|unmount: device or resource busy$|TempDir RemoveAll cleanup`,
 		},
 		"agent/datapath": {
 			"TestBackstop":            tcx,

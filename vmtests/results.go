@@ -4,6 +4,7 @@ package vmtests
 
 import (
 	"fmt"
+	"regexp"
 	"strings"
 
 	"github.com/sallyport-dev/sallyport/vmtests/protocol"
@@ -149,21 +150,50 @@ type judgement struct {
 	text      string
 }
 
-// judge holds the outcome of a test against the reason for which it is known
-// not to pass, "" where it has to.
+// complaint is how a line begins that says what is wrong with a test.
+var complaint = regexp.MustCompile(`^\s+\w+\.go:\d+: `)
+
+// judge holds the outcome of a top-level test against the expression that
+// matches each of its complaints where it is known not to pass, "" where it
+// has to.
 func (u *run) judge(name, lacks string) judgement {
+	if lacks == "" {
+		return u.judgeAlone(name)
+	}
+	j := u.judgeAlone(name)
+	if !j.bad {
+		return judgement{bad: true, text: "it passes: take it off the list of what this kernel lacks"}
+	}
+	known, err := regexp.Compile(lacks)
+	if err != nil {
+		return judgement{bad: true, text: err.Error()}
+	}
+	complaints := 0
+	for _, n := range append([]string{name}, u.subtests(name)...) {
+		t := u.tests[n]
+		if t == nil || t.outcome != passed && t.outcome != failed && t.outcome != skipped {
+			return j
+		}
+		for _, line := range t.output {
+			if !complaint.MatchString(line) {
+				continue
+			}
+			if complaints++; !known.MatchString(line) {
+				return j
+			}
+		}
+	}
+	if complaints == 0 {
+		return j
+	}
+	return judgement{skip: true, text: "this kernel lacks something: " + j.text}
+}
+
+// judgeAlone wants the test to have passed.
+func (u *run) judgeAlone(name string) judgement {
 	t := u.tests[name]
 	if t == nil {
 		t = &result{outcome: notRun}
 	}
-	text := strings.Join(append([]string{string(t.outcome) + " in the guest"}, t.output...), "\n")
-	switch {
-	case lacks == "":
-		return judgement{bad: t.outcome != passed, text: text}
-	case strings.Contains(name, "/"): // the whole test counts
-		return judgement{skip: t.outcome != passed, text: text}
-	case t.outcome == passed:
-		return judgement{bad: true, text: "it passes: take it off the list of what this kernel lacks"}
-	}
-	return judgement{skip: true, text: "this kernel: " + lacks + "\n" + text}
+	return judgement{bad: t.outcome != passed, text: strings.Join(append([]string{string(t.outcome) + " in the guest"}, t.output...), "\n")}
 }

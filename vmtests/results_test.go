@@ -74,7 +74,23 @@ func TestResults(t *testing.T) {
 }
 
 func TestJudge(t *testing.T) {
-	u := transcribe(t, transcript).runs["p"]
+	u := transcribe(t, transcript+`%=== RUN   TestLacks
+    a_test.go:9: tcx: not supported
+        which goes on
+%--- FAIL: TestLacks (0.00s)
+%=== RUN   TestLacksWithin
+%=== RUN   TestLacksWithin/a
+    a_test.go:9: tcx: not supported
+%--- FAIL: TestLacksWithin/a (0.00s)
+%--- FAIL: TestLacksWithin (0.00s)
+%=== RUN   TestLacksMore
+    a_test.go:9: tcx: not supported
+    a_test.go:10: a wrong answer
+%--- FAIL: TestLacksMore (0.00s)
+%=== RUN   TestLacksAndHangs
+    a_test.go:9: tcx: not supported
+`).runs["p"]
+	const tcx = "not supported$"
 	for _, c := range []struct {
 		name, lacks string
 		bad, skip   bool
@@ -84,10 +100,18 @@ func TestJudge(t *testing.T) {
 		{"TestSkip", "", true, false},
 		{"TestNeverEnds", "", true, false},
 		{"TestNeverRan", "", true, false},
-		{"TestGood", "tcx, Linux 6.6", true, false},
-		{"TestGood/a_(b):_c", "tcx, Linux 6.6", false, false},
-		{"TestBad", "tcx, Linux 6.6", false, true},
-		{"TestSkip", "tcx, Linux 6.6", false, true},
+		{"TestLacks", "", true, false},
+		{"TestGood", tcx, true, false}, // it passes
+		{"TestBad", tcx, true, false},  // it does not say why
+		{"TestSkip", tcx, true, false},
+		{"TestSkip", "needs Linux 9$", false, true},
+		{"TestLacks", tcx, false, true},
+		{"TestLacksWithin", tcx, false, true},
+		{"TestLacksMore", tcx, true, false},
+		{"TestLacksMore", tcx + "|wrong", false, true},
+		{"TestLacksAndHangs", tcx, true, false},
+		{"TestNeverRan", tcx, true, false},
+		{"TestLacks", "(", true, false},
 	} {
 		if got := u.judge(c.name, c.lacks); got.bad != c.bad || got.skip != c.skip {
 			t.Errorf("%s, lacking %q: %+v", c.name, c.lacks, got)

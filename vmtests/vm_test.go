@@ -219,16 +219,16 @@ func repeat(t *testing.T, got *results, b testBinary, lacks map[string]string) {
 	}
 	for _, name := range b.tests {
 		t.Run(name, func(t *testing.T) {
-			if verdict := u.judge(name, lacks[name]); verdict.skip {
+			verdict := u.judge(name, lacks[name])
+			if verdict.skip {
 				t.Skip(verdict.text)
-			} else if verdict.bad {
+			}
+			if verdict.bad {
 				t.Error(verdict.text)
 			}
 			for _, sub := range u.subtests(name) {
 				t.Run(strings.TrimPrefix(sub, name+"/"), func(t *testing.T) {
-					if verdict := u.judge(sub, lacks[name]); verdict.skip {
-						t.Skip(verdict.text)
-					} else if verdict.bad {
+					if verdict := u.judgeAlone(sub); verdict.bad {
 						t.Error(verdict.text)
 					}
 				})
