@@ -24,6 +24,14 @@ const flowAge = 10 * time.Second
 // the enforced that no hook of ours ever saw, those that went past the proxy
 // on a verdict that no longer holds, and those of the revoked.
 func (a *Agent) sweepLive(v *view) error {
+	// The sockets first: a connection has its entry before it is one, so that
+	// whatever is listed here is among the flows that are read afterwards.
+	var errs []error
+	sockets := make(map[uint64][]sockdiag.Socket, len(v.namespaces))
+	for cookie, ns := range v.namespaces {
+		list, err := socketsOf(ns)
+		errs, sockets[cookie] = append(errs, err), list
+	}
 	flows, err := a.dp.Flows()
 	if err != nil {
 		return err
@@ -41,11 +49,24 @@ func (a *Agent) sweepLive(v *view) error {
 			s.cgroups[c.ID] = id
 		}
 	}
-	var errs []error
 	for cookie, ns := range v.namespaces {
-		errs = append(errs, a.sweepNetns(s, cookie, ns))
+		errs = append(errs, a.sweepNetns(s, cookie, ns, sockets[cookie]))
 	}
 	return errors.Join(errs...)
+}
+
+// socketsOf lists the sockets of a namespace that listen or are connected.
+func socketsOf(ns *namespace) ([]sockdiag.Socket, error) {
+	c, err := sockdiag.Open(ns.FD())
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close() //nolint:errcheck // nothing to be done about it
+	list, err := c.List(append([]sockdiag.State{sockdiag.Listen}, sockdiag.Connected...)...)
+	if err != nil {
+		return nil, fmt.Errorf("list sockets of %s: %w", ns.Netns, err)
+	}
+	return list, nil
 }
 
 // sweep is what one pass goes by.
@@ -58,16 +79,12 @@ type sweep struct {
 	listening map[uint16]bool
 }
 
-func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace) error {
+func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace, list []sockdiag.Socket) error {
 	c, err := sockdiag.Open(ns.FD())
 	if err != nil {
 		return err
 	}
 	defer c.Close() //nolint:errcheck // nothing to be done about it
-	list, err := c.List(append([]sockdiag.State{sockdiag.Listen}, sockdiag.Connected...)...)
-	if err != nil {
-		return fmt.Errorf("list sockets of %s: %w", ns.Netns, err)
-	}
 	s.listening = map[uint16]bool{}
 	for i := range list {
 		if list[i].State == sockdiag.Listen {
