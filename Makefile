@@ -54,7 +54,7 @@ e2e: build ## the demo, judged by what its programs saw (root)
 	bin/sallyport demo
 
 bench: build ## measures Sallyport beside nginx and haproxy, into docs/performance.md; half an hour, on an idle machine (root)
-	@$(MAKE) --no-print-directory deps APT_PACKAGES='$(APT_PACKAGES) libnginx-mod-stream haproxy'
+	-@$(MAKE) --no-print-directory deps APT_PACKAGES='$(APT_PACKAGES) libnginx-mod-stream haproxy'
 	go run ./cmd/sallyport/internal/bench -write docs/performance.md $(BENCH_FLAGS)
 
 lint: ## golangci-lint with the chosen list
