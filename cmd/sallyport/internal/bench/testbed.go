@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -218,8 +219,8 @@ func (t *testbed) close() error {
 			n.Stop()
 		}
 	}
-	for i := len(t.processes) - 1; i >= 0; i-- {
-		t.processes[i].Stop(2 * time.Second)
+	for _, p := range slices.Backward(t.processes) {
+		p.Stop(2 * time.Second)
 	}
 	for _, n := range []*lab.Node{t.a, t.b} {
 		if n != nil && n.Agent != nil {

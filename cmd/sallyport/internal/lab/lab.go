@@ -174,7 +174,7 @@ func (l *Lab) AddCgroup(path string) (string, error) {
 	return dir, nil
 }
 
-// close removes what New made. The processes must have ended.
+// Close removes what the lab has made. The processes must have ended.
 func (l *Lab) Close() error {
 	var errs []error
 	for _, h := range l.spaces {
@@ -208,15 +208,15 @@ func removeCgroups(root string) error {
 	if err != nil {
 		return fmt.Errorf("list cgroups below %s: %w", root, err)
 	}
-	for i := len(dirs) - 1; i >= 0; i-- {
+	for _, dir := range slices.Backward(dirs) {
 		deadline := time.Now().Add(5 * time.Second)
 		for {
-			err = unix.Rmdir(dirs[i])
+			err = unix.Rmdir(dir)
 			if err == nil || errors.Is(err, unix.ENOENT) {
 				break
 			}
 			if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
-				return fmt.Errorf("remove cgroup %s: %w", dirs[i], err)
+				return fmt.Errorf("remove cgroup %s: %w", dir, err)
 			}
 			time.Sleep(10 * time.Millisecond)
 		}

@@ -163,7 +163,7 @@ func (n *Node) Await(ctx context.Context, timeout time.Duration, what string, ok
 		case <-n.Agent.Done:
 			return fmt.Errorf("node %s to %s: its agent ended: %w\n%s", n.Name, what, n.Agent.Err, n.Agent.LastLines(5))
 		case <-ctx.Done():
-			return fmt.Errorf("node %s to %s: %w; last: %v %v\n%s", n.Name, what, ctx.Err(), last.GetProblems(), lastErr, n.Agent.LastLines(5))
+			return fmt.Errorf("node %s to %s: %w; last: %v\n%s", n.Name, what, errors.Join(ctx.Err(), lastErr), last.GetProblems(), n.Agent.LastLines(5))
 		case <-time.After(PollInterval):
 		}
 	}
