@@ -10,6 +10,7 @@
 // the guest as a subtest of its own. matrix says which kernels there are and
 // what each of them cannot do; whatever is not named there must run and pass.
 //
-// It needs an amd64 Debian with qemu-system-x86 and xz-utils, not root. Without -kernel the
-// package tests only itself.
+// It needs an amd64 Debian with qemu-system-x86 and xz-utils, and about three
+// minutes a kernel on two processors. Without -kernel the package tests only
+// itself.
 package vmtests

@@ -7,8 +7,8 @@ var packages = []string{
 	"agent/testenv", "agent/preflight", "agent/loader", "agent/datapath", "agent/sockdiag", "agent/sockets",
 }
 
-// guestModules are what the tests, and the port to the host, need of a kernel that
-// has them as modules.
+// guestModules are what the tests, and the port to the host, need of a
+// kernel that has them as modules.
 var guestModules = []string{
 	"virtio_pci", "virtio_console", "veth", "inet_diag", "tcp_diag", "udp_diag", "sctp",
 	"nfnetlink", "xfrm_user", // netlink.NewHandleAt opens a socket for each
@@ -25,7 +25,7 @@ type kernel struct {
 	lacks map[string]map[string]string
 }
 
-// tcx is why an older kernel cannot attach to interfaces.
+// tcx is the complaint of a kernel that cannot attach to interfaces.
 const tcx = `tcx not supported \(requires >= v6\.6\)$`
 
 var matrix = []kernel{
