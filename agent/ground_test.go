@@ -191,30 +191,13 @@ func enterSubtree(t testing.TB, root *testenv.Cgroup) {
 	})
 }
 
-func newGround(t *testing.T, change ...func(*config.Config)) *ground {
+func newGround(t *testing.T) *ground {
 	t.Helper()
 	testenv.RequireRoot(t)
 	g := &ground{t: t, nearCgroup: map[string]*testenv.Cgroup{}, changed: make(chan struct{}, 1)}
-	root := testenv.NewCgroup(t, nil)
-	cfg := config.Defaults(nodeName)
-	cfg.TrustDomain, cfg.StateDir, cfg.PinDir, cfg.Kernel.CgroupRoot = trustDomain, openDir(t), pinDir(t), root.Path
-	cfg.PolicyDir, cfg.Identity.TPM, cfg.Userspace.User = t.TempDir(), "none", "65534"
-	g.metricsAt = freePort(t)
-	cfg.Listen.Metrics = g.metricsAt
-	for _, c := range change {
-		c(cfg)
-	}
-	g.near, g.other = testenv.NewNetns(t), testenv.NewNetns(t)
-	testenv.Veth(t, "eth0", g.near, g.other,
-		[]netip.Prefix{netip.PrefixFrom(serverAt.Addr(), 24), netip.PrefixFrom(clientIP, 24)}, []netip.Prefix{netip.MustParsePrefix("192.0.2.20/24")})
-	enterSubtree(t, root)
+	cfg, root := g.configure()
 	ctx, cancel := context.WithCancel(context.Background())
 	g.Agent = newAgent(ctx, Options{Config: cfg, Version: "test", Logger: slog.New(slog.DiscardHandler), Decisions: io.Discard})
-	t.Cleanup(func() {
-		if _, err := loader.Uninstall(cfg.PinDir); err != nil {
-			t.Errorf("uninstall: %v", err)
-		}
-	})
 	closers, err := g.open(ctx, io.Discard)
 	t.Cleanup(func() {
 		cancel()
@@ -225,6 +208,39 @@ func newGround(t *testing.T, change ...func(*config.Config)) *ground {
 		}
 	})
 	must(t, err)
+	g.populate(root)
+	g.revoked.OnChange(g.revocationsChanged)
+	g.policy(documents)
+	g.recognise()
+	return g
+}
+
+// configure makes what an agent stands on.
+func (g *ground) configure() (*config.Config, *testenv.Cgroup) {
+	t := g.t
+	t.Helper()
+	root := testenv.NewCgroup(t, nil)
+	cfg := config.Defaults(nodeName)
+	cfg.TrustDomain, cfg.StateDir, cfg.PinDir, cfg.Kernel.CgroupRoot = trustDomain, openDir(t), pinDir(t), root.Path
+	cfg.PolicyDir, cfg.Identity.TPM, cfg.Userspace.User = t.TempDir(), "none", "65534"
+	g.metricsAt = freePort(t)
+	cfg.Listen.Metrics = g.metricsAt
+	g.near, g.other = testenv.NewNetns(t), testenv.NewNetns(t)
+	testenv.Veth(t, "eth0", g.near, g.other,
+		[]netip.Prefix{netip.PrefixFrom(serverAt.Addr(), 24), netip.PrefixFrom(clientIP, 24)}, []netip.Prefix{netip.MustParsePrefix("192.0.2.20/24")})
+	enterSubtree(t, root)
+	t.Cleanup(func() {
+		if _, err := loader.Uninstall(cfg.PinDir); err != nil {
+			t.Errorf("uninstall: %v", err)
+		}
+	})
+	return cfg, root
+}
+
+// populate starts a process of each identity.
+func (g *ground) populate(root *testenv.Cgroup) {
+	t := g.t
+	t.Helper()
 	for _, name := range []string{"client", "lapsed", "soft", "server", "stranger"} {
 		g.nearCgroup[name] = testenv.MakeCgroup(t, filepath.Join(root.Path, name))
 	}
@@ -232,10 +248,6 @@ func newGround(t *testing.T, change ...func(*config.Config)) *ground {
 	testenv.NewActor(t, g.nearCgroup["lapsed"], g.near)
 	testenv.NewActor(t, g.nearCgroup["soft"], g.near)
 	testenv.NewActor(t, g.nearCgroup["stranger"], g.other)
-	g.revoked.OnChange(g.revocationsChanged)
-	g.policy(documents)
-	g.recognise()
-	return g
 }
 
 // recognise starts looking for workloads, and waits until all are found.
