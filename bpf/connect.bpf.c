@@ -142,6 +142,21 @@ static __always_inline bool listener_there(const struct attempt *a, const struct
 	return bpf_map_lookup_elem(&listening, &key) != NULL;
 }
 
+/* Whether our ports are guarded and SYNs steered there; elsewhere anybody may
+ * listen where we would. */
+static __always_inline bool wired(__u64 ns)
+{
+	return bpf_map_lookup_elem(&netns, &ns) != NULL;
+}
+
+static __always_inline enum outcome not_ready(struct attempt *a)
+{
+	refused(&a->e, REASON_NOT_READY, MODE_ENFORCE);
+	/* Applications try again after this one, not after EPERM. */
+	bpf_set_retval(-ECONNREFUSED);
+	return REFUSE;
+}
+
 static __always_inline void tag_flow(struct socket_tag *tag, const struct attempt *a, __u8 kind, __u64 server_netns)
 {
 	tag->netns = server_netns;
@@ -164,6 +179,15 @@ static __always_inline enum outcome route(struct attempt *a, const struct contro
 
 	if (action == ACTION_DENY && refused(&a->e, REASON_VERDICT_DENY, a->mode))
 		return REFUSE;
+	if (!wired(a->e.netns)) {
+		if (a->mode == MODE_ENFORCE)
+			return not_ready(a);
+		count(COUNT_BYPASSED);
+		return LEAVE;
+	}
+	/* Only steer tells the server from who took its place. */
+	if (action == ACTION_DIRECT && !wired(server_netns))
+		action = ACTION_PROXY;
 	if (action != ACTION_DIRECT) {
 		/* It would hang: the loopback listener is not on that device. */
 		if (a->device)
@@ -221,12 +245,8 @@ static __always_inline enum outcome decide(struct attempt *a, struct bpf_sock_ad
 		return known;
 	if (a->flags & IDENTITY_REVOKED && refused(&a->e, REASON_IDENTITY_REVOKED, a->mode))
 		return REFUSE;
-	if (a->flags & IDENTITY_PENDING && a->mode == MODE_ENFORCE) {
-		refused(&a->e, REASON_NOT_READY, a->mode);
-		/* Applications try again after this one, not after EPERM. */
-		bpf_set_retval(-ECONNREFUSED);
-		return REFUSE;
-	}
+	if (a->flags & IDENTITY_PENDING && a->mode == MODE_ENFORCE)
+		return not_ready(a);
 	a->target = server_of(a->e.netns, &a->e.dst, a->e.dport);
 	a->e.target = a->target;
 	if (!a->target) {

@@ -83,7 +83,7 @@ enum counter {
 	COUNT_SERVED = 36, /* SYNs of tagged flows given to their server */
 	COUNT_STALE = 37, /* direct verdicts not used: heartbeat stale */
 	COUNT_VOID = 38, /* verdicts not used: expired or generation bumped */
-	COUNT_BYPASSED = 39, /* observe, audit: no listener, left alone */
+	COUNT_BYPASSED = 39, /* observe, audit: no listener or netns of ours, left alone */
 	COUNT_EVENTS = 40,
 	COUNT_EVENTS_LOST = 41, /* the events ring was full */
 	COUNT_EVENTS_LIMITED = 42, /* over the limit per identity and reason */

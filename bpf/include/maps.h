@@ -117,7 +117,8 @@ struct {
 
 /*
  * netns cookie -> the slots of our own listeners in it; their ports are
- * guarded there. Written by the agent; read by bind, sockops, steer.
+ * guarded there. In one that is not here nothing is rewritten.
+ * Written by the agent; read by bind, connect, steer.
  * Full: the agent gets an error and refuses the netns.
  */
 struct {
