@@ -103,15 +103,15 @@ static __noinline int take_sample(struct __sk_buff *skb, struct packet *p, __u8 
 	struct control_value *c = controls();
 	struct http h = {};
 	__u32 zero = 0, n, last;
+	__u8 *spent, first = 1, taken = SAMPLE_ATTEMPTS;
 	struct window *budget;
 	struct scratch *w;
-	__u8 one = 1;
 	__u64 now;
 
 	if (!c || !p)
 		return 0;
-	/* One sample a flow: what was taken is not asked for again. */
-	if (bpf_map_lookup_elem(&sampled, &p->key))
+	spent = bpf_map_lookup_elem(&sampled, &p->key);
+	if (spent && *spent >= SAMPLE_ATTEMPTS)
 		return 0;
 	budget = bpf_map_lookup_elem(&sample_window, &zero);
 	w = bpf_map_lookup_elem(&scratch, &zero);
@@ -122,6 +122,11 @@ static __noinline int take_sample(struct __sk_buff *skb, struct packet *p, __u8 
 		count(COUNT_SAMPLES_LIMITED);
 		return 0;
 	}
+	/* Before it is parsed: a request line that never ends costs as much. */
+	if (spent)
+		*spent += 1;
+	else
+		bpf_map_update_elem(&sampled, &p->key, &first, BPF_ANY);
 	n = p->length;
 	if (n > SAMPLE_BYTES)
 		n = SAMPLE_BYTES;
@@ -135,7 +140,8 @@ static __noinline int take_sample(struct __sk_buff *skb, struct packet *p, __u8 
 	bpf_loop(SAMPLE_BYTES, http_byte, &h, 0);
 	if (h.state < HTTP_LINE)
 		return 0;
-	bpf_map_update_elem(&sampled, &p->key, &one, BPF_ANY);
+	/* One sample a flow: what was taken is not asked for again. */
+	bpf_map_update_elem(&sampled, &p->key, &taken, BPF_ANY);
 	if (bpf_ringbuf_output(&samples, &w->sample, sizeof(w->sample), 0))
 		count(COUNT_SAMPLES_LOST);
 	else

@@ -325,6 +325,41 @@ func (n *node) program(t testing.TB, name, direction string) *ebpf.Program {
 	return p
 }
 
+// request is an Ethernet frame with the segment of an established connection.
+func request(sport uint16, text string) []byte {
+	return syn(netip.AddrPortFrom(address4.Addr(), sport), netip.MustParseAddrPort("192.0.2.20:80"), func(f []byte) []byte {
+		f = append(f, text...)
+		f[47] = 0x18
+		binary.BigEndian.PutUint16(f[16:], uint16(len(f)-14))
+		return f
+	})
+}
+
+func run(t testing.TB, p *ebpf.Program, frame []byte) {
+	t.Helper()
+	if _, err := p.Run(&ebpf.RunOptions{Data: frame}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A connection whose request line never ends spends three times, and leaves
+// the rest of the budget to the others.
+func TestEndlessRequestLine(t *testing.T) {
+	const budget = 4
+	n := newNode(t, flow.ModeEnforce, func(_ *loader.Options, o *Options) { o.SampleBudget = budget })
+	n.watch(t, "eth0")
+	p := n.program(t, "eth0", "egress")
+	for range 500 {
+		run(t, p, request(1, "GET /and/so/on/and/so/on"))
+	}
+	run(t, p, request(2, "GET /other HTTP/1.1\r\nHost: x\r\n\r\n"))
+	c, err := n.Counters()
+	must(t, err)
+	if c.SamplesLimited != 0 || c.Samples != 1 {
+		t.Errorf("counters %+v", c)
+	}
+}
+
 // A flood of samples stays within its budget and its ring, one of events
 // within its identity's share, and another identity's refusal is told.
 func TestFloodsLoseNoRefusal(t *testing.T) {
@@ -338,15 +373,7 @@ func TestFloodsLoseNoRefusal(t *testing.T) {
 		t.Helper()
 		for range count {
 			sport++
-			frame := syn(netip.AddrPortFrom(address4.Addr(), sport), netip.MustParseAddrPort("192.0.2.20:80"), func(f []byte) []byte {
-				f = append(f, "GET /flood HTTP/1.1\r\nHost: x\r\n\r\n"...)
-				f[47] = 0x18
-				binary.BigEndian.PutUint16(f[16:], uint16(len(f)-14))
-				return f
-			})
-			if _, err := p.Run(&ebpf.RunOptions{Data: frame}); err != nil {
-				t.Fatal(err)
-			}
+			run(t, p, request(sport, "GET /flood HTTP/1.1\r\nHost: x\r\n\r\n"))
 		}
 	}
 	flood(1000)

@@ -255,9 +255,11 @@ struct {
 } sample_window SEC(".maps");
 
 /*
- * Flows of which a sample was taken. Read and written by tc. May forget: a
- * flow is then sampled twice, nothing else rests on it.
+ * flow -> how often the budget was spent on it; no more once a sample was
+ * taken. Read and written by tc. May forget: a flow is then sampled again,
+ * nothing else rests on it.
  */
+#define SAMPLE_ATTEMPTS 3
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
