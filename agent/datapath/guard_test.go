@@ -305,6 +305,45 @@ func TestCgroupMadeAgainIsKnown(t *testing.T) {
 	}
 }
 
+// With no room for one more cgroup the kernel counts each that it could not
+// make known; those beneath a known one inherit, and the scan makes room.
+func TestFullIdentityMapIsCounted(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	if lost := n.kernel.Lost(); len(lost) != 0 {
+		t.Skipf("this kernel: %v", lost)
+	}
+	path := filepath.Join(n.root.Path, "unit.service")
+	rel, err := filepath.Rel(testenv.CgroupMount(t), path)
+	must(t, err)
+	s := n.state(flow.ModeEnforce)
+	s.Paths = map[string]Identity{"/" + rel: {Number: clientNumber, Mode: flow.ModeEnforce}}
+	must(t, n.Apply(s))
+	other := Identity{Number: serverNumber}.record()
+	for id := uint64(1 << 50); err == nil; id++ {
+		err = full(n.maps.IdentityByCgroup.Put(id, &other))
+	}
+	if !errors.Is(err, ErrFull) {
+		t.Fatal(err)
+	}
+	cg := testenv.MakeCgroup(t, path)
+	if got := n.refused(t, flow.ReasonMapFull); got != 1 {
+		t.Errorf("counted %d times", got)
+	}
+	outbound, _ := n.listenAll(t)
+	proxied := func(cg *testenv.Cgroup) {
+		t.Helper()
+		_, err := testenv.NewActor(t, cg, n.netns).Dial(address4)
+		must(t, err)
+		if _, _, err := outbound[4].Accept(); err != nil {
+			t.Errorf("not proxied: %v", err)
+		}
+	}
+	proxied(testenv.NewCgroup(t, n.clientCgroup))
+	s.Identities[cg.ID] = s.Paths["/"+rel]
+	must(t, n.Apply(s))
+	proxied(cg)
+}
+
 func TestFullFlowMapRefuses(t *testing.T) {
 	n := newNode(t, flow.ModeEnforce, func(l *loader.Options, o *Options) { l.FlowEntries, o.FlowQuota = 64, 20 })
 	n.listenAll(t)

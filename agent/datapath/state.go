@@ -107,7 +107,7 @@ func (d *Datapath) applyIdentities(s State) error {
 		if i.Flags&FlagAgent == 0 {
 			i.Mode, i.Flags = flow.ModeObserve, 0
 		}
-		if err := d.SetIdentity(id, i); err != nil {
+		if err := d.addIdentity(id, i); err != nil {
 			return err
 		}
 	}
@@ -139,6 +139,19 @@ func (d *Datapath) applyIdentities(s State) error {
 		}
 	}
 	return nil
+}
+
+// addIdentity makes room at the expense of cgroups that are gone, whose
+// entries would otherwise keep a full map full.
+func (d *Datapath) addIdentity(id uint64, i Identity) error {
+	err := d.SetIdentity(id, i)
+	if !errors.Is(err, ErrFull) {
+		return err
+	}
+	if err := prune(d.maps.IdentityByCgroup, func(id *uint64) bool { return !d.levels.gone(*id) }); err != nil {
+		return fmt.Errorf("prune identities: %w", err)
+	}
+	return d.SetIdentity(id, i)
 }
 
 func same(old bpf.KernelIdentityValue, i Identity) bool {

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Every map of the kernel half. All are pinned and outlive the agent. No map
- * that security rests on forgets by itself: a full one refuses and counts.
+ * that security rests on forgets by itself: a full one refuses and counts,
+ * but for what identity_by_cgroup says.
  */
 #ifndef SALLYPORT_MAPS_H
 #define SALLYPORT_MAPS_H
@@ -11,8 +12,10 @@
 /*
  * cgroup id -> identity.
  * Written by the agent's scan and by the mkdir program; read by every hook.
- * Full: the agent gets an error and reports it; the mkdir program counts, the
- * new cgroup is without identity until the agent's scan.
+ * Full: the agent gets an error and reports it; the mkdir program counts
+ * REASON_MAP_FULL. It can refuse nothing: a cgroup made then at a known path
+ * is open, like one of nobody's, until the agent's scan makes room and finds
+ * it. Cgroups beneath one that is known need no entry and inherit as ever.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
