@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -73,13 +74,16 @@ type Agent struct {
 	watch   *watch.Watcher
 	finder  *workload.Recogniser
 	super   *supervise.Supervisor
-	records *recordLog
-	scored  budget // of revocations by score
-	waits   waits
-	bundles []identity.TrustDomain
-	ports   sockets.Ports
-	scope   string // cgroup subtree beneath the cgroup2 mount, "/" for all
-	cgroups ownCgroups
+
+	controls *control.Server
+	listener net.Listener // of the control API
+	records  *recordLog
+	scored   budget // of revocations by score
+	waits    waits
+	bundles  []identity.TrustDomain
+	ports    sockets.Ports
+	scope    string // cgroup subtree beneath the cgroup2 mount, "/" for all
+	cgroups  ownCgroups
 
 	view            atomic.Pointer[view]   // what requests are held against
 	shown           atomic.Pointer[inputs] // what the present view is made of, to be shown
@@ -98,6 +102,7 @@ type Agent struct {
 	applied    *compile.Plan // what the last reconcile brought into force
 	namespaces map[uint64]*namespace
 	ambiguous  map[string]bool // health problems raised for ambiguous workloads
+	foreign    map[string]bool // and for others' listeners on protected ports
 	current    context.Context // ends with Run
 }
 
@@ -139,32 +144,46 @@ func Run(ctx context.Context, o Options) error {
 }
 
 // open starts everything that can fail at start, in the order in which a
-// failure leaves the least behind: nothing is attached before the state on
-// disk has been read.
+// failure leaves the least behind: what only this process sees first, the lock
+// against another agent before anything that it would share, and what a first
+// start attached is taken away again where the rest fails.
 func (a *Agent) open(ctx context.Context, notices io.Writer) (closers []func(), err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("start agent: %w", err)
 		}
 	}()
+	if err := a.findCgroups(); err != nil {
+		return closers, err
+	}
 	if err := os.MkdirAll(a.cfg.StateDir, 0o755); err != nil {
 		return closers, fmt.Errorf("make state directory: %w", err)
 	}
 	if a.revoked, err = revocations.Open(a.cfg.StateDir, nil); err != nil {
 		return closers, err
 	}
-	if err := a.openCgroups(); err != nil {
-		return closers, err
-	}
-	if err := a.openCA(notices); err != nil {
-		return closers, err
-	}
-	closers = append(closers, func() { logClose(a.log, "node key", a.ca.Close()) })
-	a.kernel, err = loader.Open(loader.Options{PinDir: a.cfg.PinDir, CgroupRoot: a.cgroups.root, Logger: a.log})
-	if err != nil {
+	if a.kernel, err = loader.Open(loader.Options{PinDir: a.cfg.PinDir, CgroupRoot: a.cgroups.root, Logger: a.log}); err != nil {
 		return closers, err
 	}
 	closers = append(closers, func() { logClose(a.log, "kernel half", a.kernel.Close()) })
+	rest, err := a.openOn(ctx, notices)
+	closers = append(closers, rest...)
+	if err != nil && !a.kernel.TookOver() {
+		undo := func() {
+			_, err := loader.Uninstall(a.cfg.PinDir)
+			logClose(a.log, "pins", err)
+		}
+		// Closers run from the last: this one once the kernel half is closed.
+		closers = append([]func(){undo}, closers...)
+	}
+	return closers, err
+}
+
+// openOn opens what works on the kernel half.
+func (a *Agent) openOn(ctx context.Context, notices io.Writer) (closers []func(), err error) {
+	if err := a.enterCgroup(); err != nil {
+		return closers, err
+	}
 	a.dp, err = datapath.New(a.kernel, datapath.Options{
 		Ports:   datapath.Ports{Outbound: a.ports.Outbound, Inbound: a.ports.Inbound, Tunnel: a.ports.Tunnel},
 		Ceiling: a.cfg.ModeCeiling,
@@ -181,6 +200,28 @@ func (a *Agent) open(ctx context.Context, notices io.Writer) (closers []func(), 
 	if err := a.dp.Heartbeat(); err != nil {
 		return closers, err
 	}
+	if err := a.openSupervisor(); err != nil {
+		return closers, err
+	}
+	a.metrics = metrics.New(a.metricSources())
+	server, err := a.metrics.Serve(a.cfg.Listen.Metrics)
+	if err != nil {
+		return closers, err
+	}
+	server.SetReady(true) // /readyz then says what else is missing, as problems
+	closers = append(closers, func() { logClose(a.log, "metrics", server.Close(ctx)) })
+	a.controls = control.NewServer(control.Options{Agent: service{a}, Hub: a.hub, Revocations: a.revoked, Logger: a.log})
+	if a.listener, err = a.controls.Listen(a.cfg.ControlSocket); err != nil {
+		return closers, err
+	}
+	closers = append(closers, func() {
+		a.controls.Close()
+		a.listener.Close() //nolint:errcheck // served, it is closed by now
+	})
+	if err := a.openCA(notices); err != nil {
+		return closers, err
+	}
+	closers = append(closers, func() { logClose(a.log, "node key", a.ca.Close()) })
 	a.keys = keys.New(keys.Options{Deliver: a.deliverKeys, Log: a.log})
 	closers = append(closers, a.keys.Close)
 	a.finder, err = workload.New(workload.Options{Scope: a.scope, Logger: a.log})
@@ -193,16 +234,6 @@ func (a *Agent) open(ctx context.Context, notices io.Writer) (closers []func(), 
 			return compile.Build(files, compile.Options{TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node})
 		},
 	})
-	if err := a.openSupervisor(); err != nil {
-		return closers, err
-	}
-	a.metrics = metrics.New(a.metricSources())
-	server, err := a.metrics.Serve(a.cfg.Listen.Metrics)
-	if err != nil {
-		return closers, err
-	}
-	server.SetReady(true) // /readyz then says what else is missing, as problems
-	closers = append(closers, func() { logClose(a.log, "metrics", server.Close(ctx)) })
 	return closers, nil
 }
 
@@ -288,11 +319,6 @@ func userspaceEnv() []string { return []string{"PATH=/nonexistent", "LANG=C.UTF-
 // run keeps everything going until ctx ends or something that the agent
 // cannot do without has ended.
 func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
-	controls := control.NewServer(control.Options{Agent: service{a}, Hub: a.hub, Revocations: a.revoked, Logger: a.log})
-	listener, err := controls.Listen(a.cfg.ControlSocket)
-	if err != nil {
-		return fmt.Errorf("start agent: %w", err)
-	}
 	var wg sync.WaitGroup
 	var once sync.Once
 	var first error
@@ -304,7 +330,7 @@ func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
 			}
 		})
 	}
-	part("serve control API", func() error { return controls.Serve(listener) })
+	part("serve control API", func() error { return a.controls.Serve(a.listener) })
 	part("keep heartbeat", func() error { return a.beat(ctx) })
 	part("keep house", func() error { return a.tick(ctx) })
 	part("keep node certificate", func() error { return a.ca.Run(ctx) })
@@ -334,7 +360,7 @@ func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
 		once.Do(func() { first = fmt.Errorf("run userspace: %w", err) })
 		cancel()
 	}
-	controls.Close()
+	a.controls.Close()
 	superStop()
 	<-userspace
 	wg.Wait()

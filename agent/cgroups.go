@@ -22,11 +22,10 @@ type ownCgroups struct {
 	agentID                uint64
 }
 
-// openCgroups finds the subtree to look after and moves the agent into a leaf
-// of its own: what is exempt is known by that leaf, so nothing else may live
-// there. A process that is beneath the subtree already (a systemd unit with
+// findCgroups finds the subtree to look after and where the agent's own leaf
+// in it is. A process that is beneath the subtree already (a systemd unit with
 // Delegate=) stays beneath its own cgroup.
-func (a *Agent) openCgroups() error {
+func (a *Agent) findCgroups() error {
 	mount, err := workload.CgroupRoot()
 	if err != nil {
 		return err
@@ -34,6 +33,9 @@ func (a *Agent) openCgroups() error {
 	root := mount
 	if a.cfg.Kernel.CgroupRoot != "" {
 		root = a.cfg.Kernel.CgroupRoot
+	}
+	if info, err := os.Stat(root); err != nil || !info.IsDir() {
+		return fmt.Errorf("use cgroup root %s: it is not there", root)
 	}
 	rel, err := filepath.Rel(mount, root)
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
@@ -53,6 +55,12 @@ func (a *Agent) openCgroups() error {
 		}
 	}
 	a.cgroups = ownCgroups{root: root, agent: filepath.Join(base, "agent"), userspace: filepath.Join(base, "userspace")}
+	return nil
+}
+
+// enterCgroup moves the agent into its leaf: what is exempt is known by that,
+// so nothing else may live there, and another agent must be known not to.
+func (a *Agent) enterCgroup() error {
 	if err := os.MkdirAll(a.cgroups.agent, 0o755); err != nil {
 		return fmt.Errorf("make the agent's cgroup: %w", err)
 	}

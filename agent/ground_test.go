@@ -222,7 +222,7 @@ func (g *ground) configure() (*config.Config, *testenv.Cgroup) {
 	root := testenv.NewCgroup(t, nil)
 	cfg := config.Defaults(nodeName)
 	cfg.TrustDomain, cfg.StateDir, cfg.PinDir, cfg.Kernel.CgroupRoot = trustDomain, openDir(t), pinDir(t), root.Path
-	cfg.PolicyDir, cfg.Identity.TPM, cfg.Userspace.User = t.TempDir(), "none", "65534"
+	cfg.PolicyDir, cfg.Identity.TPM, cfg.Userspace.User = t.TempDir(), "none", "65527"
 	g.metricsAt = freePort(t)
 	cfg.Listen.Metrics = g.metricsAt
 	g.near, g.other = testenv.NewNetns(t), testenv.NewNetns(t)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/agent/datapath"
+	"github.com/sallyport-dev/sallyport/agent/metrics"
 	"github.com/sallyport-dev/sallyport/agent/sockdiag"
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -36,7 +37,8 @@ func (a *Agent) sweepLive(v *view) error {
 	if err != nil {
 		return err
 	}
-	s := &sweep{v: v, flows: make(map[abi.FlowKey]*datapath.Flow, len(flows)), cgroups: map[uint64]*compile.Identity{}}
+	s := &sweep{v: v, flows: make(map[abi.FlowKey]*datapath.Flow, len(flows)), cgroups: map[uint64]*compile.Identity{},
+		agent: a.cgroups.agentID, problems: map[string]bool{}}
 	for i := range flows {
 		s.flows[flows[i].Key] = &flows[i]
 	}
@@ -52,6 +54,12 @@ func (a *Agent) sweepLive(v *view) error {
 	for cookie, ns := range v.namespaces {
 		errs = append(errs, a.sweepNetns(s, cookie, ns, sockets[cookie]))
 	}
+	for problem := range a.foreign {
+		if !s.problems[problem] {
+			a.health.Clear(problem)
+		}
+	}
+	a.foreign = s.problems
 	return errors.Join(errs...)
 }
 
@@ -77,6 +85,8 @@ type sweep struct {
 	// listening holds the ports of the present netns at which somebody
 	// listens: what came to one was accepted and goes by no egress rule.
 	listening map[uint16]bool
+	agent     uint64          // cgroup id of the agent's own leaf
+	problems  map[string]bool // health problems that this pass raised
 }
 
 func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace, list []sockdiag.Socket) error {
@@ -89,6 +99,7 @@ func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace, list []sockdi
 	for i := range list {
 		if list[i].State == sockdiag.Listen {
 			s.listening[list[i].Local.Port()] = true
+			s.foreign(a, cookie, &list[i])
 		}
 	}
 	var errs []error
@@ -114,9 +125,9 @@ func (a *Agent) sweepNetns(s *sweep, cookie uint64, ns *namespace, list []sockdi
 func (s *sweep) judge(netns uint64, sock *sockdiag.Socket) flow.Reason {
 	mine := s.flows[abi.Key(netns, sock.Local, sock.Remote)]
 	theirs := s.flows[abi.Key(netns, sock.Remote, sock.Local)]
-	if api := s.v.protected[datapath.ProtectedPort{Netns: netns, Port: sock.Local.Port()}]; api != nil && s.cgroups[sock.CgroupID] == api.Identity {
-		// The server's end: the client's entry, or the agent's dial, says
-		// that it was let through.
+	if api := s.v.protected[datapath.ProtectedPort{Netns: netns, Port: sock.Local.Port()}]; api != nil && s.accepted(sock, mine) {
+		// The server's end, whoever serves there: the client's entry, or the
+		// agent's dial, says that it was let through.
 		if s.v.mode(api.Mode) == flow.ModeEnforce && theirs == nil {
 			return flow.ReasonUntagged
 		}
@@ -139,6 +150,26 @@ func (s *sweep) judge(netns uint64, sock *sockdiag.Socket) flow.Reason {
 		return flow.ReasonUntagged
 	}
 	return flow.ReasonOK
+}
+
+// accepted says whether a socket is one that a server of its local port has
+// accepted; our own inbound listeners answer for every protected port.
+func (s *sweep) accepted(sock *sockdiag.Socket, mine *datapath.Flow) bool {
+	return mine == nil && s.listening[sock.Local.Port()] && sock.CgroupID != 0 && sock.CgroupID != s.agent
+}
+
+// foreign tells of listeners on a protected port that are not its identity's.
+// They are given nothing, but keep the server from its port.
+func (s *sweep) foreign(a *Agent, netns uint64, sock *sockdiag.Socket) {
+	api := s.v.protected[datapath.ProtectedPort{Netns: netns, Port: sock.Local.Port()}]
+	if api == nil || sock.CgroupID == s.agent || s.cgroups[sock.CgroupID] == api.Identity {
+		return
+	}
+	problem := fmt.Sprintf("foreign-listener/%d/%s", netns, sock.Local)
+	s.problems[problem] = true
+	a.health.Set(problem, metrics.Degraded,
+		fmt.Sprintf("somebody else (uid %d, cgroup id %d) listens at %s, a port of %s", sock.UID, sock.CgroupID, sock.Local, api.Identity.FullName()),
+		"end it: in enforce it is given no connection, but it keeps the server from its port")
 }
 
 func (s *sweep) judgeDirect(netns uint64, sock *sockdiag.Socket, id *compile.Identity) flow.Reason {

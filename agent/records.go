@@ -12,6 +12,7 @@ import (
 	"slices"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
@@ -44,7 +45,7 @@ func (l *recordLog) take(records [][]byte, lost uint64) {
 	}
 	var batch bytes.Buffer
 	for _, r := range records {
-		if bytes.IndexByte(r, '\n') >= 0 || !json.Valid(r) {
+		if !oneLine(r) {
 			l.a.metrics.DecisionsLost.Inc()
 			continue
 		}
@@ -59,6 +60,21 @@ func (l *recordLog) take(records [][]byte, lost uint64) {
 	if _, err := l.out.Write(batch.Bytes()); err != nil {
 		l.a.metrics.DecisionsLost.Add(float64(len(records)))
 	}
+}
+
+// oneLine says whether a record is an object on one line. What is in it is the
+// word of the process that sent it, valid or not; what counts is that it cannot
+// pass for another record.
+func oneLine(r []byte) bool {
+	if len(r) < 2 || r[0] != '{' || r[len(r)-1] != '}' || !utf8.Valid(r) {
+		return false
+	}
+	for _, c := range r {
+		if c < ' ' {
+			return false
+		}
+	}
+	return true
 }
 
 // write logs one record.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -267,9 +268,23 @@ func (p *process) addListeners(in *line.Incoming, m *linepb.Listeners) error {
 func (p *process) relation(ctx context.Context, m *linepb.RelationRequest) *linepb.RelationReply {
 	reply := &linepb.RelationReply{}
 	if err := p.relationOp(ctx, m, reply); err != nil {
-		reply.Error = err.Error()
+		reply.Error = plainError(err)
 	}
 	return reply
+}
+
+// plainError is an error's text without the wrapping of gRPC, which the engine
+// answers in.
+func plainError(err error) string {
+	text := err.Error()
+	for {
+		before, after, ok := strings.Cut(text, "rpc error: code = ")
+		if !ok {
+			return text
+		}
+		_, after, _ = strings.Cut(after, " desc = ")
+		text = before + after
+	}
 }
 
 func (p *process) relationOp(ctx context.Context, m *linepb.RelationRequest, reply *linepb.RelationReply) error {

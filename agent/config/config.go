@@ -89,7 +89,7 @@ type Log struct {
 
 // Userspace says how the unprivileged process runs.
 type Userspace struct {
-	User       string // a name or number; "auto": sallyport where there is one, else nobody
+	User       string // a name or number; "auto": sallyport where there is one, else one of its own, by number
 	Loops      int    // 0: one a core
 	Goroutines bool   // goroutines in place of the event loops
 }

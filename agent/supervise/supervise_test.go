@@ -604,7 +604,7 @@ func TestLookupUser(t *testing.T) {
 	for _, c := range []struct {
 		name, want string
 	}{
-		{"auto", "{nobody 65534 65534}"}, {"www", "{www 33 34}"}, {"33", "{www 33 34}"}, {"777", "{777 777 777}"},
+		{"auto", "{65527 65527 65527}"}, {"www", "{www 33 34}"}, {"33", "{www 33 34}"}, {"777", "{777 777 777}"},
 		{"none", ""}, {"wheel", ""}, {"toor", ""}, {"0", ""}, {"root", ""}, {"-1", ""}, {"99999999999", ""},
 	} {
 		u, err := LookupUser(path, c.name)
@@ -616,11 +616,17 @@ func TestLookupUser(t *testing.T) {
 	if u, err := LookupUser(path, "auto"); err != nil || u.UID != 990 || u.GID != 991 {
 		t.Errorf("%v %v", u, err)
 	}
+	write("other:x:65527:1::/:\nnobody:x:65534:65534::/:\n")
+	for _, shared := range []string{"auto", "nobody", "65534"} {
+		if u, err := LookupUser(path, shared); err == nil {
+			t.Errorf("%s: %v, which others use too", shared, u)
+		}
+	}
 	write("sallyport:x:0:0::/:\n")
 	if _, err := LookupUser(path, "auto"); err == nil {
 		t.Error("a sallyport that is root")
 	}
-	if u, err := LookupUser(filepath.Join(t.TempDir(), "none"), "auto"); err != nil || u.UID != 65534 {
+	if u, err := LookupUser(filepath.Join(t.TempDir(), "none"), "auto"); err != nil || u.UID != 65527 {
 		t.Errorf("%v %v", u, err)
 	}
 }

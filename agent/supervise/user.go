@@ -20,19 +20,28 @@ type User struct {
 	UID, GID uint32
 }
 
-// nobody is the user and group of that name wherever there is one.
-const nobody = 65534
+// alone is the user and group where there is no user sallyport: a number that
+// neither distributions nor systemd give out (65520 to 65533 are left free).
+// nobody would not do: whatever else runs as nobody could change the relation
+// store and end the process.
+const alone = 65527
+
+// overflow is nobody, as which all kinds of programs run.
+const overflow = 65534
 
 // LookupUser finds a user by name or number in passwd (/etc/passwd). "auto" is
-// sallyport where there is one, else nobody: a number without an entry is its
-// own group.
+// sallyport where there is one, else a number that nobody else has: a number
+// without an entry is its own group. Users that others share are refused.
 func LookupUser(passwd, name string) (User, error) {
 	if name == "auto" {
 		u, ok, err := find(passwd, func(n string, _ uint32) bool { return n == "sallyport" })
 		if err != nil || ok {
 			return u, errors.Join(err, notRoot(u, err))
 		}
-		return User{"nobody", nobody, nobody}, nil
+		if u, ok, err := find(passwd, func(_ string, uid uint32) bool { return uid == alone }); err != nil || ok {
+			return User{}, errors.Join(err, fmt.Errorf("find a user for userspace: number %d is %s's; make one: useradd -r sallyport", alone, u.Name))
+		}
+		return User{strconv.Itoa(alone), alone, alone}, nil
 	}
 	number, numErr := strconv.ParseUint(name, 10, 31)
 	u, ok, err := find(passwd, func(n string, uid uint32) bool {
@@ -53,6 +62,9 @@ func LookupUser(passwd, name string) (User, error) {
 func notRoot(u User, err error) error {
 	if err == nil && (u.UID == 0 || u.GID == 0) {
 		return fmt.Errorf("use %s for userspace: it is root, or in root's group", u.Name)
+	}
+	if err == nil && u.UID == overflow {
+		return fmt.Errorf("use %s for userspace: other programs run as it too; make a user of its own: useradd -r sallyport", u.Name)
 	}
 	return nil
 }

@@ -52,19 +52,27 @@ func newUninstall() *cobra.Command {
 	c := &cobra.Command{
 		Use: "uninstall", Short: "Remove every program, link and map of a stopped agent: nothing is enforced any more", Args: cobra.NoArgs,
 	}
-	pins := c.Flags().String("pin-dir", loader.DefaultPinDir, "directory in bpffs with the pins")
+	file := c.Flags().String("config", config.DefaultFile, "configuration file, for its pinDir")
+	config.AddFlags(c.Flags())
 	c.RunE = func(c *cobra.Command, _ []string) error {
+		cfg, err := loadConfig(*file, config.Given(c.Flags()))
+		if err != nil {
+			return err
+		}
 		if os.Geteuid() != 0 {
 			return fmt.Errorf("uninstall: %w", errNotRoot)
 		}
-		removed, err := loader.Uninstall(*pins)
+		removed, err := loader.Uninstall(cfg.PinDir)
 		for _, r := range removed {
 			fmt.Fprintln(c.OutOrStdout(), "removed", r)
 		}
 		if err != nil {
 			return fmt.Errorf("uninstall: %w", err)
 		}
-		fmt.Fprintf(c.OutOrStdout(), "%d pins removed from %s; nothing is enforced any more\n", len(removed), *pins)
+		if len(removed) == 0 {
+			return fmt.Errorf("uninstall: no pins at %s: nothing was enforced from there; if the agent had another pinDir, give its --config or --pin-dir", cfg.PinDir)
+		}
+		fmt.Fprintf(c.OutOrStdout(), "%d pins removed from %s; nothing is enforced from there any more\n", len(removed), cfg.PinDir)
 		return nil
 	}
 	return c

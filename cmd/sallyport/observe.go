@@ -39,6 +39,11 @@ func newObserve() *cobra.Command {
 		fields[flag] = c.Flags().StringSlice(flag, nil, help)
 	}
 	c.RunE = func(c *cobra.Command, _ []string) error {
+		for _, k := range *fields["kind"] {
+			if k != "decision" && k != "sample" && k != "event" {
+				return fmt.Errorf("--kind: %q is not one of decision, sample, event", k)
+			}
+		}
 		q := &controlpb.ObserveRequest{Follow: *follow, Last: *last}
 		if *since > 0 {
 			q.SinceUnixNs = time.Now().Add(-*since).UnixNano()

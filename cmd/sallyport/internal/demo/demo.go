@@ -15,8 +15,10 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/cmd/sallyport/internal/lab"
@@ -57,6 +59,11 @@ type demo struct {
 // Run runs the demo and says whether every case passed. It cleans up whatever
 // happens, also when ctx ends.
 func Run(ctx context.Context, o Options) (passed bool, err error) {
+	// A broken pipe is an error of a write and not the end of the process.
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	o.Out = endOnError{o.Out, cancel}
 	d := &demo{o: o, apps: map[string]*application{}}
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.open(ctx); err != nil {
@@ -330,6 +337,9 @@ func (d *demo) close() error {
 	var errs []error
 	for _, n := range []*lab.Node{d.a, d.b} {
 		if n != nil && n.Agent != nil {
+			if _, err := os.Stat(n.PinDir()); errors.Is(err, fs.ErrNotExist) {
+				continue // its agent attached nothing
+			}
 			if _, err := d.lab.Command(context.Background(), "agent", "uninstall", "--pin-dir", n.PinDir()); err != nil {
 				errs = append(errs, err)
 			}
@@ -337,8 +347,42 @@ func (d *demo) close() error {
 	}
 	if d.o.KeepLogs {
 		kept := d.lab.Dir + "-logs"
-		errs = append(errs, os.CopyFS(kept, os.DirFS(d.lab.Dir)))
+		errs = append(errs, keepLogs(d.lab.Dir, kept))
 		d.say("logs: %s", kept)
 	}
 	return errors.Join(append(errs, d.lab.Close())...)
+}
+
+// keepLogs copies what the programs wrote, and nothing that is secret: the
+// nodes' keys lie beside it.
+func keepLogs(from, to string) error {
+	if err := os.Mkdir(to, 0o700); err != nil {
+		return fmt.Errorf("keep logs: %w", err)
+	}
+	return filepath.WalkDir(from, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() || filepath.Ext(path) != ".log" && e.Name() != "decisions.json" {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return fmt.Errorf("keep logs: %w", err)
+		}
+		name := strings.ReplaceAll(strings.TrimPrefix(strings.TrimPrefix(path, from), "/"), "/", "-")
+		return os.WriteFile(filepath.Join(to, name), content, 0o600)
+	})
+}
+
+// endOnError ends a run whose output nobody reads any more, so that it cleans
+// up behind itself.
+type endOnError struct {
+	io.Writer
+	end context.CancelFunc
+}
+
+func (w endOnError) Write(b []byte) (int, error) {
+	n, err := w.Writer.Write(b)
+	if err != nil {
+		w.end()
+	}
+	return n, err
 }
