@@ -387,6 +387,85 @@ func testSteered(t *testing.T, n *node, addr string, speaksHTTP bool) {
 	}
 }
 
+// TestTLSWhileObserved holds that an application that speaks TLS itself is
+// reached as before while its policy is not enforced, whole and in pieces; and
+// that TLS for us is still ours.
+func TestTLSWhileObserved(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, mode := range []string{"audit", "observe"} {
+			for _, port := range []uint16{80, 81, 7} {
+				t.Run(fmt.Sprintf("%s/%d", mode, port), func(t *testing.T) { testTLSWhileObserved(t, goroutines, mode, port) })
+			}
+		}
+	})
+}
+
+func testTLSWhileObserved(t *testing.T, goroutines bool, mode string, port uint16) {
+	n := oneNode(t, nodeOptions{goroutines: goroutines, mode: mode})
+	cert, err := n.leaves.Get(serverID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.raw(func(c *net.TCPConn) {
+		s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{cert.Certificate}})
+		if s.Handshake() == nil {
+			io.WriteString(s, "hello "+s.ConnectionState().ServerName)
+			s.Close()
+		}
+	}, port)
+	addr, fd := listener(t, "127.0.0.1:0")
+	real := netip.MustParseAddrPort(addr)
+	n.mu.Lock()
+	n.apps[real] = n.apps[serverPort(port)]
+	n.mu.Unlock()
+	talk := func(from string, conn net.Conn, name string) {
+		t.Helper()
+		secured := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, ServerName: name})
+		if b, err := io.ReadAll(secured); string(b) != "hello "+name || err != nil {
+			t.Errorf("%s, name %q: got %q %v", from, name, b, err)
+		}
+		if r := n.recorded(flow.ReasonTLSInApp); !r.WouldDeny || r.Mode != mode || r.Destination != serverID {
+			t.Errorf("%s: record %+v", from, r)
+		}
+	}
+	talk("same node", dialTCP(t, n.out(clientNumber, serverPort(port))), "app.example")
+	n.proxy.SetPlan(build(t, strings.NewReplacer("MODE", mode, fmt.Sprintf("ports: [%d]", port), fmt.Sprintf("ports: [%d]", real.Port())).Replace(worldPolicies)), 2)
+	if err := n.proxy.Serve(fd, KindInbound, serverNetns); err != nil {
+		t.Fatal(err)
+	}
+	talk("steered", dialTCP(t, addr), "app.example")
+	talk("without a name", dialTCP(t, addr), "")
+	talk("in pieces", &pieces{dialTCP(t, addr)}, "app.example")
+	if port == 7 {
+		return
+	}
+	n.app(http.HandlerFunc(reflect), port)
+	n.mu.Lock()
+	n.apps[real] = n.apps[serverPort(port)]
+	n.mu.Unlock()
+	leaf, err := n.leaves.Get(clientID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, ServerName: identity.ServerName(serverID), Certificates: []tls.Certificate{leaf.Certificate}})
+	resp, err := ask(t, known, "GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+	if err != nil || resp.StatusCode != 200 || !strings.HasSuffix(resp.Header.Get("X-Client-Cert"), "URI="+clientID) {
+		t.Errorf("TLS for us: %+v %v", resp, err)
+	}
+}
+
+// pieces sends what is written in two halves.
+type pieces struct{ *net.TCPConn }
+
+func (p *pieces) Write(b []byte) (int, error) {
+	n, err := p.TCPConn.Write(b[:len(b)/2])
+	if err != nil {
+		return n, err
+	}
+	m, err := p.TCPConn.Write(b[len(b)/2:])
+	return n + m, err
+}
+
 // TestRevocation holds that what was allowed ends when it is revoked, in the
 // middle of a stream.
 func TestRevocation(t *testing.T) {

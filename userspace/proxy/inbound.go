@@ -177,11 +177,24 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	}
 	defer p.give("")
 	if api.AppTLS != compile.AppTLSPassthrough && c.detect(p.opt.Detect, false) == spokenTLS {
+		c.resolve()
+		if !c.enforced() && !c.meant(v) {
+			c.cutOff(flow.ReasonTLSInApp, errHello.Error())
+			return
+		}
 		if !c.terminate(conn, ns) {
 			return
 		}
 	}
 	c.serve()
+}
+
+// meant says whether the ClientHello that has begun asks for a server name
+// of ours. Until its policy is enforced an application may speak TLS itself.
+func (c *call) meant(v *view) bool {
+	_ = c.client.SetReadDeadline(time.Now().Add(c.p.opt.HeadTimeout))
+	name, ok, _ := c.hello()
+	return ok && v.names[name] != nil
 }
 
 // terminate takes the client's TLS, with a certificate that proves it.

@@ -35,11 +35,11 @@ func (p *peeked) Read(b []byte) (int, error) {
 // NetConn is the connection beneath, for netloop.Flushed.
 func (p *peeked) NetConn() net.Conn { return p.Stream }
 
-// guarded is a connection whose first bytes must be no ClientHello.
+// guarded is a connection whose first bytes should be no ClientHello.
 type guarded struct {
 	netloop.Stream
 	looked bool
-	hello  bool
+	hello  func() error // says what becomes of one
 }
 
 var errHello = errors.New("a ClientHello where the application speaks no TLS")
@@ -49,8 +49,10 @@ func (g *guarded) Read(b []byte) (int, error) {
 	n, err := g.Stream.Read(b)
 	if !g.looked && n > 0 {
 		g.looked = true
-		if g.hello = looksLikeTLS(b[:n]); g.hello {
-			return 0, errHello
+		if looksLikeTLS(b[:n]) {
+			if err := g.hello(); err != nil {
+				return 0, err
+			}
 		}
 	}
 	return n, err
@@ -212,22 +214,29 @@ func (c *call) servePassthrough() {
 		c.cutOff(flow.ReasonTLSHandshake, "no ClientHello on a port of TLS")
 		return
 	}
+	name, ok, err := c.hello()
+	switch {
+	case ok:
+		c.host = name
+		c.serveOpaque(flow.ProtocolTLS)
+	case err == nil:
+		c.cutOff(flow.ReasonTLSHandshake, "a ClientHello that cannot be read")
+	}
+}
+
+// hello receives the rest of a ClientHello and reads its server name; err is
+// that of the client where not all of it came.
+func (c *call) hello() (name string, ok bool, err error) {
 	for {
 		name, more, ok := serverName(c.buf[c.r:c.w])
-		if ok {
-			c.host = name
-			c.serveOpaque(flow.ProtocolTLS)
-			return
-		}
-		if !more || c.w-c.r > maxHello {
-			c.cutOff(flow.ReasonTLSHandshake, "a ClientHello that cannot be read")
-			return
+		if ok || !more || c.w-c.r > maxHello {
+			return name, ok, nil
 		}
 		c.room(maxHello + 1)
 		n, err := c.client.Read(c.buf[c.w:])
 		c.w += n
 		if n == 0 && err != nil {
-			return
+			return "", false, err
 		}
 	}
 }
@@ -250,17 +259,20 @@ func (c *call) serveOpaque(protocol flow.Protocol) {
 		return
 	}
 	if c.api != nil && c.api.Protocol == compile.ProtocolTCP && c.api.AppTLS == compile.AppTLSNone {
-		g := &guarded{Stream: c.client}
-		c.client = g
-		defer func() {
-			if g.hello {
-				c.refuse(flow.StageChannel, flow.ReasonTLSInApp, errHello.Error())
-				c.record(0, 0)
-			}
-		}()
-		g.looked = !c.enforced()
+		c.client = &guarded{Stream: c.client, hello: c.refuseHello}
 	}
 	c.passOn()
+}
+
+// refuseHello is for a ClientHello on an opaque connection; it returns an
+// error where the connection must not go on.
+func (c *call) refuseHello() error {
+	c.refuse(flow.StageChannel, flow.ReasonTLSInApp, errHello.Error())
+	c.record(0, 0)
+	if c.d.Refused() {
+		return errHello
+	}
+	return nil
 }
 
 // connectOpaque connects to the application and answers a CONNECT by what
