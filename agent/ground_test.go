@@ -223,6 +223,7 @@ func (g *ground) configure() (*config.Config, *testenv.Cgroup) {
 	cfg := config.Defaults(nodeName)
 	cfg.TrustDomain, cfg.StateDir, cfg.PinDir, cfg.Kernel.CgroupRoot = trustDomain, openDir(t), pinDir(t), root.Path
 	cfg.PolicyDir, cfg.Identity.TPM, cfg.Userspace.User = t.TempDir(), "none", "65527"
+	cfg.ControlSocket = filepath.Join(t.TempDir(), "control.sock")
 	g.metricsAt = freePort(t)
 	cfg.Listen.Metrics = g.metricsAt
 	g.near, g.other = testenv.NewNetns(t), testenv.NewNetns(t)
