@@ -79,6 +79,7 @@ type Flow struct {
 	Source      netip.AddrPort // the true client
 	Destination netip.AddrPort // the original destination
 	Identity    IdentityNumber // of the workload that opened it, 0 if none
+	Target      IdentityNumber // that the kernel took to serve the destination, 0 if it was not asked
 	Mode        Mode           // in which the kernel held that workload
 }
 

@@ -66,7 +66,8 @@ func (k KernelFlows) Lookup(netns uint64, src, dst netip.AddrPort) (flow.Flow, b
 	if k.Map.Lookup(&key, &v) != nil || v.Kind != abi.KindOut {
 		return flow.Flow{}, false
 	}
-	return flow.Flow{Cookie: v.Cookie, NetnsCookie: netns, Source: src, Destination: v.Original(), Identity: flow.IdentityNumber(v.Identity), Mode: flow.Mode(v.Mode)}, true
+	return flow.Flow{Cookie: v.Cookie, NetnsCookie: netns, Source: src, Destination: v.Original(),
+		Identity: flow.IdentityNumber(v.Identity), Target: flow.IdentityNumber(v.Target), Mode: flow.Mode(v.Mode)}, true
 }
 
 // refusal is an error that carries why.

@@ -814,6 +814,125 @@ func TestPlainAndUnprotected(t *testing.T) {
 	})
 }
 
+// TestEgress holds that an enforced caller is told that its egress forbids an
+// address, that the agent is not asked for it, and that others go on.
+func TestEgress(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, c := range []struct {
+			mode   string
+			caller flow.IdentityNumber
+			dst    string
+			denied bool
+		}{
+			{"enforce", clientNumber, "10.0.2.1:6000", false}, {"enforce", clientNumber, "10.0.2.1:6001", true}, {"enforce", clientNumber, "10.0.3.1:6000", true},
+			{"enforce", clientNumber, "127.0.0.1:6000", true}, {"enforce", clientNumber, "[::1]:80", true}, {"enforce", otherNumber, "10.0.2.1:6000", true},
+			{"enforce", 99, "10.0.2.1:6000", true}, {"audit", clientNumber, "10.0.3.1:6000", false}, {"observe", clientNumber, "127.0.0.1:6000", false},
+		} {
+			n := oneNode(t, nodeOptions{goroutines: goroutines, plan: changed(t, "mode: enforce, mayCall: [server]", "mode: "+c.mode+", mayCall: [server]")})
+			dst := netip.MustParseAddrPort(c.dst)
+			n.app(http.HandlerFunc(reflect), 80)
+			n.mu.Lock()
+			n.apps[dst] = n.apps[serverPort(80)]
+			n.mu.Unlock()
+			resp, err := ask(t, dialTCP(t, n.out(c.caller, dst)), "GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.mu.Lock()
+			dials := n.dials
+			n.mu.Unlock()
+			if !c.denied {
+				if resp.StatusCode != 200 || len(dials) != 1 || dials[0].Kind != DialPlain {
+					t.Errorf("%+v: status %d, dials %+v", c, resp.StatusCode, dials)
+				}
+				continue
+			}
+			if reason, _ := problem(t, resp); reason != flow.ReasonEgress || resp.StatusCode != 403 || len(dials) != 0 {
+				t.Errorf("%+v: status %d, reason %s, dials %+v", c, resp.StatusCode, reason, dials)
+			}
+			if r := n.recorded(flow.ReasonEgress); r.WouldDeny {
+				t.Errorf("%+v: record %+v", c, r)
+			}
+		}
+	})
+}
+
+// TestLoopback holds that a call to a protected port by way of loopback is
+// judged and carried as one to an address of the node.
+func TestLoopback(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, mode := range []string{"enforce", "audit", "observe"} {
+			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
+				for _, held := range []flow.IdentityNumber{0, serverNumber} {
+					t.Run(fmt.Sprintf("%s/%s/%d", mode, host, held), func(t *testing.T) {
+						testLoopback(t, goroutines, mode, netip.MustParseAddr(host), held)
+					})
+				}
+			}
+		}
+	})
+}
+
+func testLoopback(t *testing.T, goroutines bool, mode string, host netip.Addr, held flow.IdentityNumber) {
+	text := strings.NewReplacer("MODE", mode, "mode: enforce, mayCall", "mode: "+mode+", mayCall").Replace(worldPolicies)
+	addresses := []netip.Addr{clientAddr}
+	if held == 0 { // then it has to be found by where it serves
+		addresses = append(addresses, serverAddr)
+	}
+	n := oneNode(t, nodeOptions{goroutines: goroutines, plan: build(t, text)})
+	n.proxy.SetAddresses([]NetnsAddresses{{clientNetns, addresses}})
+	web, tcp := netip.AddrPortFrom(host, 80), netip.AddrPortFrom(host, 7)
+	n.app(http.HandlerFunc(reflect), 80)
+	n.raw(echo, 7)
+	n.mu.Lock()
+	n.apps[web], n.apps[tcp] = n.apps[serverPort(80)], n.apps[serverPort(7)]
+	n.mu.Unlock()
+	out := func(id flow.IdentityNumber, dst netip.AddrPort) *net.TCPConn {
+		addr := n.out(id, dst)
+		n.mu.Lock()
+		port := netip.MustParseAddrPort(addr).Port()
+		f := n.flows[port]
+		f.Target = held
+		n.flows[port] = f
+		n.mu.Unlock()
+		return dialTCP(t, addr)
+	}
+	const get = "GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
+	resp, err := ask(t, out(clientNumber, web), get)
+	if err != nil || resp.StatusCode != 200 {
+		t.Fatalf("got %+v %v", resp, err)
+	}
+	if cert := resp.Header.Get("X-Client-Cert"); !strings.Contains(cert, "By="+serverID+";") || !strings.HasSuffix(cert, "URI="+clientID) {
+		t.Errorf("the application saw the client as %q", cert)
+	}
+	opaque := out(clientNumber, tcp)
+	io.WriteString(opaque, "hello")
+	_ = opaque.CloseWrite()
+	if b, err := io.ReadAll(opaque); string(b) != "hello" {
+		t.Errorf("opaque: got %q %v", b, err)
+	}
+	n.mu.Lock()
+	for _, d := range n.dials {
+		if d.Kind != DialApplication || d.Netns != clientNetns || d.Address.Addr() != host || d.Source != clientNumber || d.Target != serverNumber {
+			t.Errorf("dial %+v", d)
+		}
+	}
+	want := flow.Verdict{Source: clientNumber, SourceNetns: clientNetns, Destination: tcp, DestinationNetns: clientNetns, Action: flow.ActionDirect, Expires: 5 * time.Minute}
+	if len(n.dials) != 2 || len(n.verdicts) != 1 || n.verdicts[0] != want {
+		t.Errorf("dials %+v, verdicts %+v", n.dials, n.verdicts)
+	}
+	n.mu.Unlock()
+	if resp, err = ask(t, out(otherNumber, web), get); err != nil {
+		t.Fatal(err)
+	}
+	if r := n.recorded(flow.ReasonMayCall); r.WouldDeny != (mode != "enforce") || r.Destination != serverID {
+		t.Errorf("another identity: record %+v", r)
+	}
+	if want := map[bool]int{true: 403, false: 200}[mode == "enforce"]; resp.StatusCode != want {
+		t.Errorf("another identity: status %d, want %d", resp.StatusCode, want)
+	}
+}
+
 func TestLimits(t *testing.T) {
 	eachEngine(t, func(t *testing.T, goroutines bool) {
 		n := oneNode(t, nodeOptions{goroutines: goroutines, change: func(o *Options) { o.MaxPerIdentity = 3 }})
@@ -1061,6 +1180,20 @@ func TestView(t *testing.T) {
 	}
 	if api := v.protected(2, netip.MustParseAddrPort("10.0.2.1:6000")); api != nil {
 		t.Errorf("port 6000 is protected by %s", api.Name)
+	}
+	for _, c := range []struct {
+		netns  uint64
+		dst    string
+		target flow.IdentityNumber
+		found  bool
+	}{
+		{2, "127.0.0.1:80", 0, true}, {2, "127.0.0.2:80", 0, true}, {2, "[::1]:80", 0, true}, {1, "127.0.0.1:80", 0, false},
+		{1, "127.0.0.1:80", serverNumber, true}, {1, "127.0.0.1:80", clientNumber, false}, {1, "127.0.0.1:80", 99, false},
+		{2, "127.0.0.1:6000", serverNumber, false}, {1, "10.0.2.1:99", 0, true}, {2, "10.0.9.9:80", serverNumber, false},
+	} {
+		if id := v.asked(c.netns, netip.MustParseAddrPort(c.dst), c.target); (id != nil) != c.found || c.found && id.ID != serverID {
+			t.Errorf("asked %+v: %+v", c, id)
+		}
 	}
 	if (&view{}).build().protected(2, serverPort(80)) != nil {
 		t.Error("something is protected without a plan")

@@ -4,9 +4,12 @@ package proxy
 
 import (
 	"errors"
+	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
@@ -44,7 +47,7 @@ func (p *Proxy) outbound(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	defer p.give(caller)
 	c.dst = f.Destination
 	c.peer = flow.Peer{ID: caller, Number: f.Identity, Address: v.client(ns.cookie, f.Source, f.Destination), Channel: flow.ChannelKernel, Anchor: p.opt.Anchor}
-	c.leave(v)
+	c.leave(v, v.asked(ns.cookie, f.Destination, f.Target))
 }
 
 const (
@@ -74,14 +77,14 @@ func (p *Proxy) recognise(t *netloop.Task, n flow.IdentityNumber) (*view, error)
 }
 
 // leave judges what can be judged here and takes the way to the
-// destination.
-func (c *call) leave(v *view) {
-	target := v.claimed(c.dst)
+// destination, which target serves, nil for nobody.
+func (c *call) leave(v *view, target *compile.Identity) {
+	c.leaving = true
 	if target == nil {
 		c.plain()
 		return
 	}
-	c.leaving, c.targetID = true, target.ID
+	c.targetID = target.ID
 	c.resolve()
 	req := c.begin(flow.ProtocolTCP)
 	c.p.opt.Pipeline.DecideOutbound(c.env(), req, c.src, c.target, c.fromMode, &c.d)
@@ -131,16 +134,31 @@ func (c *call) refuseEarly() {
 }
 
 // plain carries a connection as it is, to an address that nobody claims, or
-// for a caller whose policy only observes; the agent says whether it may.
+// for a caller whose policy only observes; the agent holds that against its
+// own view, and what it has to refuse counts as an attack on it.
 func (c *call) plain() {
+	c.resolve()
+	if c.enforced() && !egress(c.src, c.dst) {
+		c.begin(flow.ProtocolTCP)
+		c.fail(&refusal{flow.StagePolicy, flow.ReasonEgress, "nobody claims the address, and the caller's egress does not list it"})
+		return
+	}
 	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number})
 	if err != nil {
 		c.begin(flow.ProtocolTCP)
-		c.fail(reasonOf(err, flow.ReasonEgress))
+		c.fail(reasonOf(err, flow.ReasonUpstream))
 		return
 	}
 	c.upstream = conn
 	c.relay(conn)
+}
+
+// egress says whether an enforced identity may connect to an address that
+// nobody claims.
+func egress(src *compile.Identity, dst netip.AddrPort) bool {
+	return src != nil && slices.ContainsFunc(src.Egress, func(e compile.Egress) bool {
+		return e.Prefix.Contains(dst.Addr()) && slices.Contains(e.Ports, dst.Port())
+	})
 }
 
 // unprotected carries a connection to a local identity's port that no policy

@@ -136,6 +136,22 @@ func (v *view) protected(netns uint64, dst netip.AddrPort) *compile.API {
 	return nil
 }
 
+// asked returns who serves what a caller of this node asked for, nil for
+// nobody that we know of. Loopback is not an address that is claimed for the
+// node: there it is who the kernel took for it, or else who protects the port
+// in the caller's own namespace.
+func (v *view) asked(netns uint64, dst netip.AddrPort, target flow.IdentityNumber) *compile.Identity {
+	if dst.Addr().IsLoopback() {
+		if id := v.source(v.ids[target]); v.api(id, dst.Port()) != nil {
+			return id
+		}
+		if api := v.protected(netns, dst); api != nil {
+			return api.Identity
+		}
+	}
+	return v.claimed(dst)
+}
+
 var errNoServer = errors.New("no protected identity of that name serves here")
 
 // server returns the identity that a tunnel client asks for by TLS server

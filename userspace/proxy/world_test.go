@@ -32,7 +32,7 @@ const worldPolicies = `
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
 metadata: {name: client, namespace: t}
-spec: {owner: c@t.example, spiffeID: "spiffe://example.org/client", select: {systemd: {unit: client.service}}, endpoints: ["10.0.1.1:9"], mode: enforce, mayCall: [server]}
+spec: {owner: c@t.example, spiffeID: "spiffe://example.org/client", select: {systemd: {unit: client.service}}, endpoints: ["10.0.1.1:9"], mode: enforce, mayCall: [server], egress: [{cidr: 10.0.2.0/24, ports: [6000]}]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
