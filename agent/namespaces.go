@@ -76,11 +76,13 @@ func (a *Agent) openNamespace(n *sockets.Netns) (_ *namespace, err error) {
 	if ns.addresses, err = n.Addresses(); err != nil {
 		return nil, err
 	}
-	if err := a.dp.AddNetns(n.Cookie()); err != nil {
-		return nil, err
-	}
+	// Connections are rewritten from AddNetns on: steering comes first, so
+	// that none reaches another listener on our port.
 	if err := a.kernel.AttachNetns(n.FD(), n.Cookie()); err != nil {
-		return nil, errors.Join(err, a.dp.RemoveNetns(n.Cookie()))
+		return nil, errors.Join(err, a.dp.RemoveNetns(n.Cookie())) // of an earlier agent's
+	}
+	if err := a.dp.AddNetns(n.Cookie()); err != nil {
+		return nil, errors.Join(err, a.kernel.DetachNetns(n.Cookie()))
 	}
 	// A node without tcx keeps every other guard: said by status, no reason
 	// to leave the rest undone.
@@ -175,8 +177,12 @@ func (a *Agent) dropNamespaces() {
 		for _, i := range ns.interfaces {
 			errs = append(errs, a.kernel.DetachInterface(i))
 		}
-		errs = append(errs, a.kernel.DetachNetns(cookie), a.dp.RemoveNetns(cookie))
-		if err := errors.Join(errs...); err != nil {
+		// In this order: what is registered is rewritten, and must be steered.
+		err := a.dp.RemoveNetns(cookie)
+		if err == nil {
+			err = a.kernel.DetachNetns(cookie)
+		}
+		if err := errors.Join(append(errs, err)...); err != nil {
 			a.log.Warn("namespace not let go of", "cookie", cookie, "err", err)
 		}
 		a.health.Clear(fmt.Sprintf("interfaces/%d", cookie))

@@ -89,8 +89,9 @@ func (d *Datapath) clearSlots(first, n uint32) error {
 }
 
 // AddNetns registers a network namespace in which we have, or will have,
-// listeners: from now on its bind hooks guard our ports. Put the steering
-// program on it with loader's AttachNetns. One that is registered stays so.
+// listeners: from now on its bind hooks guard our ports and its connections
+// are rewritten. Put the steering program on it first, with loader's
+// AttachNetns. One that is registered stays so.
 func (d *Datapath) AddNetns(cookie uint64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -123,7 +124,8 @@ func (d *Datapath) netnsSlot(cookie uint64, add bool) (uint32, error) {
 	return 0, fmt.Errorf("add netns %d: %w", cookie, err)
 }
 
-// RemoveNetns undoes AddNetns. Close the listeners there first.
+// RemoveNetns undoes AddNetns. Close the listeners there first, take the
+// steering program off afterwards.
 func (d *Datapath) RemoveNetns(cookie uint64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -107,8 +107,8 @@ func newNode(t testing.TB, mode flow.Mode, change ...func(*loader.Options, *Opti
 		[]netip.Prefix{netip.PrefixFrom(address4.Addr(), 24), netip.PrefixFrom(address6.Addr(), 64)},
 		[]netip.Prefix{netip.MustParsePrefix("192.0.2.20/24"), netip.MustParsePrefix("2001:db8::20/64")})
 	must(t, d.Apply(n.state(mode)))
-	must(t, d.AddNetns(n.netns.Cookie))
 	must(t, n.kernel.AttachNetns(int(n.netns.File.Fd()), n.netns.Cookie))
+	must(t, d.AddNetns(n.netns.Cookie))
 	if n.events, err = d.Events(); err != nil {
 		t.Fatal(err)
 	}

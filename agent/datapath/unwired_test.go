@@ -95,6 +95,17 @@ func TestUnwiredNetnsIsRefused(t *testing.T) {
 		must(t, n.Heartbeat())
 		refusedAll(t)
 	})
+	t.Run("steered, not yet registered", func(t *testing.T) {
+		must(t, n.kernel.AttachNetns(int(u.File.Fd()), u.Cookie))
+		refusedAll(t)
+	})
+	t.Run("registered", func(t *testing.T) {
+		must(t, n.AddNetns(u.Cookie))
+		must(t, n.DeleteVerdicts(VerdictFilter{}))
+		refusedAll(t)
+		must(t, n.RemoveNetns(u.Cookie))
+		must(t, n.kernel.DetachNetns(u.Cookie))
+	})
 	t.Run("no agent", func(t *testing.T) {
 		before := n.refused(t, flow.ReasonNotReady)
 		must(t, n.events.Close())
