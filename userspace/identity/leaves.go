@@ -101,8 +101,12 @@ type prints struct {
 	earliest time.Time // the first of until
 }
 
-// ErrNoLeaf says that an identity has no valid leaf at the moment.
-var ErrNoLeaf = errors.New("no valid leaf")
+// ErrNoLeaf says that an identity has no valid leaf at the moment, and
+// ErrUnsigned, beside it, that nothing has gone wrong with it so far.
+var (
+	ErrNoLeaf   = errors.New("no valid leaf")
+	ErrUnsigned = errors.New("it is not signed yet")
+)
 
 // NewLeaves returns an empty set. Close ends it.
 func NewLeaves(o LeavesOptions) *Leaves {
@@ -193,11 +197,10 @@ func (e *leafEntry) current(name string) (*Leaf, error) {
 	}
 	leaf := e.leaf.Load()
 	if leaf == nil || time.Now().After(leaf.NotAfter) {
-		cause := "it is not signed yet"
 		if f := e.failure.Load(); f != nil {
-			cause = *f
+			return nil, fmt.Errorf("%w of %s: %s", ErrNoLeaf, e.id, *f)
 		}
-		return nil, fmt.Errorf("%w of %s: %s", ErrNoLeaf, e.id, cause)
+		return nil, fmt.Errorf("%w of %s: %w", ErrNoLeaf, e.id, ErrUnsigned)
 	}
 	return leaf, nil
 }

@@ -89,7 +89,7 @@ func TestLeavesRotate(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 		time.Sleep(2 * time.Second)
-		if _, err := l.Get(testID); !errors.Is(err, ErrNoLeaf) || !strings.Contains(err.Error(), "the agent is away") {
+		if _, err := l.Get(testID); !errors.Is(err, ErrNoLeaf) || errors.Is(err, ErrUnsigned) || !strings.Contains(err.Error(), "the agent is away") {
 			t.Errorf("after its end: %v; want ErrNoLeaf with the cause", err)
 		}
 		if p := l.Thumbprints(testID); len(p) != 0 {
@@ -155,8 +155,16 @@ func TestLeavesKeepWhatIsHeld(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := l.Wait(ctx, "spiffe://td/never"); !errors.Is(err, ErrNoLeaf) {
+	if _, err := l.Wait(ctx, "spiffe://td/never"); !errors.Is(err, ErrNoLeaf) || errors.Is(err, ErrUnsigned) {
 		t.Errorf("%v", err)
+	}
+}
+
+// As long as the signer has not answered, the first leaf may still come.
+func TestUnsigned(t *testing.T) {
+	l := newLeaves(t, func(ctx context.Context, _ string, _ []byte) ([][]byte, error) { <-ctx.Done(); return nil, ctx.Err() }, testID)
+	if _, err := l.Get(testID); !errors.Is(err, ErrNoLeaf) || !errors.Is(err, ErrUnsigned) {
+		t.Errorf("%v; want ErrUnsigned", err)
 	}
 }
 

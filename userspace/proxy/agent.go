@@ -98,8 +98,7 @@ type dialed struct {
 }
 
 // dial has the agent make a connection and waits for it on t's loop.
-func (p *Proxy) dial(t *netloop.Task, r DialRequest) (*netloop.Conn, error) {
-	deadline := time.Now().Add(p.opt.ConnectTimeout)
+func (p *Proxy) dial(t *netloop.Task, r DialRequest, deadline time.Time) (*netloop.Conn, error) {
 	otherwise := flow.ReasonUpstream
 	if r.Kind == DialPeer {
 		otherwise = flow.ReasonTunnel

@@ -239,7 +239,7 @@ func (c *call) connect() error {
 	}
 	v := c.p.view.Load()
 	conn, err := c.p.dial(c.t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
-		Source: c.peer.Number, Target: v.numbers[c.targetID]})
+		Source: c.peer.Number, Target: v.numbers[c.targetID]}, time.Now().Add(c.p.opt.ConnectTimeout))
 	if err != nil {
 		return err
 	}

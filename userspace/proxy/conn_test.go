@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -1146,6 +1147,109 @@ func TestNoTunnelInAudit(t *testing.T) {
 			t.Errorf("record %+v", r)
 		}
 	})
+}
+
+// mute never answers what is asked of the agent for another node, as where
+// that node drops what it is sent.
+type mute struct{ Agent }
+
+func (m mute) Dial(r DialRequest, done func(int, flow.Reason, error)) {
+	if r.Kind != DialPeer {
+		m.Agent.Dial(r, done)
+	}
+}
+
+// TestNoTunnelInTime holds that a caller whose policy only observes does not
+// wait long for a tunnel that does not come about, and not twice.
+func TestNoTunnelInTime(t *testing.T) {
+	never := func(ctx context.Context, _ string, _ []byte) ([][]byte, error) { <-ctx.Done(); return nil, ctx.Err() }
+	refused := func(context.Context, string, []byte) ([][]byte, error) { return nil, errors.New("it is revoked") }
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, c := range []struct {
+			name  string
+			drops bool
+			sign  identity.SignFunc // of the caller's leaf, nil where it has one
+			asked int               // how often the other node was asked
+		}{{"silent", false, nil, 1}, {"drops", true, nil, 0}, {"leaf pending", false, never, 0}, {"leaf refused", false, refused, 0}} {
+			t.Run(c.name, func(t *testing.T) {
+				n := newNode(t, authority(t), nodeOptions{goroutines: goroutines, plan: changed(t, "mode: enforce, mayCall: [server]", "mode: audit, mayCall: [server]"),
+					ids: map[flow.IdentityNumber]string{clientNumber: clientID}, addresses: []NetnsAddresses{{clientNetns, []netip.Addr{clientAddr}}},
+					change: func(o *Options) {
+						if c.drops {
+							o.Agent = mute{o.Agent}
+						}
+					}})
+				if c.sign != nil {
+					n.proxy.opt.Leaves = identity.NewLeaves(identity.LeavesOptions{Sign: c.sign})
+					t.Cleanup(n.proxy.opt.Leaves.Close)
+					if err := n.proxy.opt.Leaves.Set([]string{clientID}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				silent, err := net.Listen("tcp4", "127.0.0.1:0")
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { silent.Close() })
+				n.mu.Lock()
+				n.tunnels[serverAddr] = silent.Addr().String() // it accepts, and that is all
+				n.mu.Unlock()
+				n.app(http.HandlerFunc(reflect), 80)
+				addr := n.out(clientNumber, serverPort(80))
+				began := time.Now()
+				for range 3 {
+					resp, err := ask(t, dialTCP(t, addr), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+					if err != nil || resp.StatusCode != 200 {
+						t.Fatal(resp, err)
+					}
+					if r := n.recorded(flow.ReasonTunnel); !r.WouldDeny {
+						t.Errorf("record %+v", r)
+					}
+				}
+				if took := time.Since(began); took > 8*time.Second {
+					t.Errorf("three connections took %s", took)
+				}
+				n.mu.Lock()
+				defer n.mu.Unlock()
+				asked := 0
+				for _, d := range n.dials {
+					if d.Kind == DialPeer {
+						asked++
+					}
+				}
+				if asked != c.asked {
+					t.Errorf("the other node was asked %d times, want %d", asked, c.asked)
+				}
+			})
+		}
+	})
+}
+
+// TestHeldTunnel holds how long a tunnel that failed is not tried again.
+func TestHeldTunnel(t *testing.T) {
+	peer, leaf := &refusal{flow.StageChannel, flow.ReasonTunnel, "peer"}, &refusal{flow.StageIdentity, flow.ReasonTunnel, "leaf"}
+	for _, c := range []struct {
+		failed   error
+		took     time.Duration
+		enforced bool
+		hold     time.Duration
+	}{
+		{peer, lenientWait, false, 30 * time.Second}, {peer, 10 * time.Second, false, 30 * time.Second}, {peer, time.Millisecond, false, 60 * time.Millisecond},
+		{leaf, lenientWait, false, lenientWait}, {leaf, 10 * time.Second, false, time.Second},
+		{peer, 10 * time.Second, true, time.Second}, {peer, 10 * time.Millisecond, true, 10 * time.Millisecond}, {leaf, 10 * time.Second, true, time.Second},
+	} {
+		ended := time.Now()
+		tp := &tunnelPool{failed: c.failed, took: c.took, ended: ended}
+		if err := tp.held(ended.Add(c.hold-1), c.enforced); err != c.failed {
+			t.Errorf("%+v: before: %v", c, err)
+		}
+		if err := tp.held(ended.Add(c.hold), c.enforced); err != nil {
+			t.Errorf("%+v: after: %v", c, err)
+		}
+	}
+	if err := (&tunnelPool{took: time.Second, ended: time.Now()}).held(time.Now(), false); err != nil {
+		t.Errorf("after a success: %v", err)
+	}
 }
 
 func TestView(t *testing.T) {

@@ -143,7 +143,8 @@ func (c *call) plain() {
 		c.fail(&refusal{flow.StagePolicy, flow.ReasonEgress, "nobody claims the address, and the caller's egress does not list it"})
 		return
 	}
-	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number})
+	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number},
+		time.Now().Add(c.p.opt.ConnectTimeout))
 	if err != nil {
 		c.begin(flow.ProtocolTCP)
 		c.fail(reasonOf(err, flow.ReasonUpstream))

@@ -29,8 +29,10 @@ type tunnelKey struct {
 type tunnelPool struct {
 	sessions []pooledSession
 	dialing  bool
-	attempts uint64 // dials that have ended
-	failed   error  // of the last one
+	attempts uint64        // dials that have ended
+	failed   error         // of the last one
+	ended    time.Time     // the last one
+	took     time.Duration // the last one
 	changed  netloop.Event
 }
 
@@ -43,7 +45,29 @@ const (
 	maxPools    = 1024
 	maxSessions = 16 // of one pool
 	openTries   = 3
+
+	// A caller that is not enforced would reach the other node without us: it
+	// waits for no tunnel longer than lenientWait, and for one that failed not
+	// at all for lenientShare times as long as that took.
+	lenientWait  = 500 * time.Millisecond
+	lenientShare = 60
+	lenientHold  = 30 * time.Second
+	// An enforced one can only wait, so it is kept from a peer that is slow to
+	// fail no longer than that took.
+	enforcedHold = time.Second
 )
+
+// held returns the error of the last dial while it is too soon for another.
+func (tp *tunnelPool) held(now time.Time, enforced bool) error {
+	hold := min(tp.took*lenientShare, lenientHold)
+	if r, ok := errors.AsType[*refusal](tp.failed); enforced || ok && r.stage == flow.StageIdentity {
+		hold = min(tp.took, enforcedHold) // a leaf of ours may come at any time
+	}
+	if now.Sub(tp.ended) < hold {
+		return tp.failed
+	}
+	return nil
+}
 
 // pick returns a tunnel that takes another stream, and lets go of those that
 // have had their time.
@@ -70,7 +94,11 @@ func (tp *tunnelPool) pick(now time.Time) *tunnel.Session {
 // open returns a stream to c.dst. A stream that a tunnel did not take, since
 // it is about to end, is asked for again: nothing was sent on it.
 func (p *Proxy) open(c *call) (*tunnel.Stream, error) {
-	deadline := time.Now().Add(p.opt.ConnectTimeout)
+	wait := p.opt.ConnectTimeout
+	if !c.enforced() {
+		wait = min(wait, lenientWait)
+	}
+	deadline := time.Now().Add(wait)
 	tp := p.pool(c)
 	for range openTries {
 		s, err := p.session(c, tp, deadline)
@@ -106,16 +134,21 @@ func (p *Proxy) pool(c *call) *tunnelPool {
 // a new one, for which one task dials while the others wait.
 func (p *Proxy) session(c *call, tp *tunnelPool, deadline time.Time) (*tunnel.Session, error) {
 	for {
-		if s := tp.pick(time.Now()); s != nil {
+		began := time.Now()
+		if s := tp.pick(began); s != nil {
 			return s, nil
 		}
 		if !tp.dialing {
+			if err := tp.held(began, c.enforced()); err != nil {
+				return nil, err
+			}
 			if len(tp.sessions) >= maxSessions {
 				return nil, &refusal{flow.StageUpstream, flow.ReasonOverload, "too many streams to the other node"}
 			}
 			tp.dialing = true
 			s, err := p.dialTunnel(c, deadline)
-			tp.dialing, tp.failed = false, err
+			tp.dialing, tp.failed, tp.ended = false, err, time.Now()
+			tp.took = tp.ended.Sub(began)
 			tp.attempts++
 			if err == nil {
 				tp.sessions = append(tp.sessions, s)
@@ -136,7 +169,7 @@ func (p *Proxy) session(c *call, tp *tunnelPool, deadline time.Time) (*tunnel.Se
 
 // dialTunnel makes a tunnel as the caller's identity.
 func (p *Proxy) dialTunnel(c *call, deadline time.Time) (s pooledSession, err error) {
-	leaf, err := p.leaf(c.t, c.peer.ID, deadline)
+	leaf, err := p.leaf(c, deadline)
 	if err != nil {
 		return s, &refusal{flow.StageIdentity, flow.ReasonTunnel, err.Error()}
 	}
@@ -154,7 +187,7 @@ func (p *Proxy) dialTunnel(c *call, deadline time.Time) (s pooledSession, err er
 		return s, &refusal{flow.StageIdentity, flow.ReasonTunnel, err.Error()}
 	}
 	config.DynamicRecordSizingDisabled = true
-	conn, err := p.dial(c.t, DialRequest{Kind: DialPeer, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number})
+	conn, err := p.dial(c.t, DialRequest{Kind: DialPeer, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number}, deadline)
 	if err != nil {
 		return s, err
 	}
@@ -190,13 +223,15 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
-// leaf returns the leaf of a local identity, and waits for its first one.
-func (p *Proxy) leaf(t *netloop.Task, id string, deadline time.Time) (*identity.Leaf, error) {
-	leaf, err := p.opt.Leaves.Get(id)
-	if err == nil {
-		return leaf, nil
+// leaf returns the caller's leaf, and waits for its first one; not where a
+// caller that is not enforced would wait for one that could not be had.
+func (p *Proxy) leaf(c *call, deadline time.Time) (*identity.Leaf, error) {
+	leaf, err := p.opt.Leaves.Get(c.peer.ID)
+	if err == nil || !c.enforced() && !errors.Is(err, identity.ErrUnsigned) {
+		return leaf, err
 	}
-	t.Block(func() {
+	id := c.peer.ID
+	c.t.Block(func() {
 		ctx, cancel := context.WithDeadline(context.Background(), deadline)
 		defer cancel()
 		leaf, err = p.opt.Leaves.Wait(ctx, id)
