@@ -45,7 +45,7 @@ func TestAuditAndObserveBreakNothing(t *testing.T) {
 						t.Errorf("%s: %s got %s", when, c.who, got)
 					}
 					if judged && c.reason != "" {
-						r := n.decided(from, c.who, func(r *record) bool { return r.Reason != "" && r.WouldDeny })
+						r := n.decided(from, c.who, func(r *record) bool { return r.Reason != "" && r.WouldDeny && r.Hook == "" })
 						if r.Mode != mode {
 							t.Errorf("%s: %s was judged in %s", when, c.who, r.Mode)
 						}

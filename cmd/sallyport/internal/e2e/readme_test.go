@@ -32,6 +32,12 @@ func TestReadmeFirstLook(t *testing.T) {
 	}
 	n := newNode(t, "host", testenv.NewNetns(t))
 	w := startNginx(t, n.group("system.slice/nginx.service"), n.ns, 80)
+	eventually(t, "nginx to answer before there is an agent", func() string {
+		if got := code(t, "", n.ns, "http://127.0.0.1/healthz"); got != "404" {
+			return got
+		}
+		return ""
+	})
 	// The places of a whole machine become those of this test; nothing else
 	// of the lines is changed.
 	script = strings.NewReplacer("/etc/sallyport/policies", n.path("policies"), "bin/sallyport", sallyport).Replace(script)

@@ -80,10 +80,28 @@ http {
 		if strings.Count(w.log("error.log"), "start worker process ") < 2 {
 			return w.log("error.log")
 		}
+		for _, table := range []string{"tcp", "tcp6"} {
+			if !listens(fmt.Sprintf("/proc/%d/net/%s", w.cmd.Process.Pid, table), port) {
+				return "no listener in /proc/net/" + table
+			}
+		}
 		return ""
 	})
 	// Its workers are not its only children: the cgroup goes with the node.
 	return w
+}
+
+// listens says whether a table of /proc/net (proc_net_tcp.rst) holds a
+// listening socket on a port.
+func listens(table string, port int) bool {
+	b, _ := os.ReadFile(table)
+	for l := range strings.Lines(string(b)) {
+		f := strings.Fields(l)
+		if len(f) > 3 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+			return true
+		}
+	}
+	return false
 }
 
 func (w *web) log(name string) string {
