@@ -177,7 +177,7 @@ func TestUninstallLeavesNothing(t *testing.T) {
 	n.awaitServed()
 	n.stop()
 	out, err = exec.Command(sallyport, "agent", "uninstall", "--pin-dir", n.pinDir).CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "nothing is enforced any more") {
+	if err != nil || !strings.Contains(string(out), "nothing is enforced from there any more") {
 		t.Fatalf("uninstall: %v %s", err, out)
 	}
 	if _, err := os.Stat(n.pinDir); !os.IsNotExist(err) {
