@@ -7,11 +7,14 @@
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 export CGO_ENABLED := 0
+TOOLS := $(CURDIR)/out/tools
+export PATH := $(TOOLS):$(PATH)
 GOFLAGS_BUILD := -trimpath -buildvcs=false
 GO_FILES := $(shell find agent bpf cmd policies userspace vmtests -name '*.go' 2>/dev/null)
 EMBEDDED := $(wildcard bpf/*.o) $(shell find cmd policies userspace -name '*.yaml' -o -name '*.fga' 2>/dev/null)
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-APT_PACKAGES := clang llvm libbpf-dev protobuf-compiler nginx-light curl wrk swtpm swtpm-tools openssl iproute2 procps gcc libc6-dev
+APT_PACKAGES := clang llvm libbpf-dev protobuf-compiler nginx-light curl wrk swtpm swtpm-tools openssl iproute2 procps gcc libc6-dev xz-utils cpio
+PROTOC_GEN_GRPC := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 # What runs on goroutines of its own; the epoll engine's coroutines are held by
@@ -40,6 +43,7 @@ deps: ## installs what the tests need (Debian, Ubuntu; root)
 	  command -v apt-get >/dev/null || { echo "install these first:$$missing" >&2; exit 1; }; \
 	  apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi
+	@mkdir -p $(TOOLS); GOBIN=$(TOOLS) go install google.golang.org/protobuf/cmd/protoc-gen-go $(PROTOC_GEN_GRPC)
 
 test: deps build unit race e2e ## everything that CI runs (root)
 

@@ -22,6 +22,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 	"github.com/sallyport-dev/sallyport/agent/revocations"
+	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
 
 const testGroup = 54321 // of the group file that the tests write
@@ -381,9 +382,7 @@ func TestGroupID(t *testing.T) {
 // TestGenerated holds the committed code against its source.
 func TestGenerated(t *testing.T) {
 	for _, tool := range []string{"protoc", "protoc-gen-go", "protoc-gen-go-grpc"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip(tool + " is not installed")
-		}
+		testenv.Program(t, tool)
 	}
 	dir := t.TempDir()
 	cmd := exec.Command("protoc", "--go_out="+dir, "--go_opt=paths=source_relative",

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
 
 func dial(port uint32) *linepb.Message {
@@ -639,13 +640,8 @@ func FuzzDecode(f *testing.F) {
 
 // TestGenerated holds the committed code against its source.
 func TestGenerated(t *testing.T) {
-	protoc, err := exec.LookPath("protoc")
-	if err != nil {
-		t.Skip("protoc is not installed")
-	}
-	if _, err := exec.LookPath("protoc-gen-go"); err != nil {
-		t.Skip("protoc-gen-go is not installed")
-	}
+	protoc := testenv.Program(t, "protoc")
+	testenv.Program(t, "protoc-gen-go")
 	dir := t.TempDir()
 	cmd := exec.Command(protoc, "--go_out="+dir, "--go_opt=paths=source_relative", "linepb/line.proto")
 	if out, err := cmd.CombinedOutput(); err != nil {
