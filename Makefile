@@ -43,7 +43,9 @@ deps: ## installs what the tests need (Debian, Ubuntu; root)
 	  command -v apt-get >/dev/null || { echo "install these first:$$missing" >&2; exit 1; }; \
 	  apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi
-	@mkdir -p $(TOOLS); GOBIN=$(TOOLS) go install google.golang.org/protobuf/cmd/protoc-gen-go $(PROTOC_GEN_GRPC)
+	@mkdir -p $(TOOLS)
+	@GOBIN=$(TOOLS) go install google.golang.org/protobuf/cmd/protoc-gen-go
+	@GOBIN=$(TOOLS) go install $(PROTOC_GEN_GRPC)
 
 test: deps build unit race e2e ## everything that CI runs (root)
 
