@@ -48,6 +48,7 @@ var matrix = []kernel{
 			"TestHostSideOfAVeth":     tcx,
 			"TestSamples":             tcx,
 			"TestFloodsLoseNoRefusal": tcx,
+			"TestEndlessRequestLine":  tcx,
 		},
 	}},
 	{version: "6.12"},
