@@ -112,10 +112,13 @@ static __always_inline int to_own(struct bpf_sk_lookup *ctx, const struct contro
 		return give_own(ctx, OWN_TUNNEL4) ? SK_PASS : drop(key, 0, 0, REASON_LISTENER_GONE, MODE_ENFORCE);
 	if (key->dport == c->port_outbound) {
 		v = bpf_map_lookup_elem(&flow, key);
+		/* Observed and audited callers are rewritten only while our
+		 * listener is there, so that one which is not in the map yet
+		 * is found by the kernel's own look-up. */
 		if (v && v->kind == FLOW_OUT)
 			return give_own(ctx, OWN_OUTBOUND4)
 				       ? SK_PASS
-				       : drop(key, v->identity, v->target, REASON_LISTENER_GONE, MODE_ENFORCE);
+				       : drop(key, v->identity, v->target, REASON_LISTENER_GONE, soften(v->mode, c));
 	}
 	return drop(key, 0, 0, REASON_OWN_PORT, MODE_ENFORCE);
 }
