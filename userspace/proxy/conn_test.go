@@ -827,7 +827,7 @@ func TestEgress(t *testing.T) {
 		}{
 			{"enforce", clientNumber, "10.0.2.1:6000", false}, {"enforce", clientNumber, "10.0.2.1:6001", true}, {"enforce", clientNumber, "10.0.3.1:6000", true},
 			{"enforce", clientNumber, "127.0.0.1:6000", true}, {"enforce", clientNumber, "[::1]:80", true}, {"enforce", otherNumber, "10.0.2.1:6000", true},
-			{"enforce", 99, "10.0.2.1:6000", true}, {"audit", clientNumber, "10.0.3.1:6000", false}, {"observe", clientNumber, "127.0.0.1:6000", false},
+			{"enforce", 99, "10.0.2.1:6000", true}, {"audit", clientNumber, "10.0.3.1:6000", false}, {"audit", clientNumber, "10.0.2.1:99", false}, {"observe", clientNumber, "127.0.0.1:6000", false},
 		} {
 			n := oneNode(t, nodeOptions{goroutines: goroutines, plan: changed(t, "mode: enforce, mayCall: [server]", "mode: "+c.mode+", mayCall: [server]")})
 			dst := netip.MustParseAddrPort(c.dst)

@@ -163,8 +163,13 @@ func egress(src *compile.Identity, dst netip.AddrPort) bool {
 }
 
 // unprotected carries a connection to a local identity's port that no policy
-// protects.
+// protects. The agent makes no application's socket for it; a caller whose
+// policy only observes needs none.
 func (c *call) unprotected() {
+	if !c.enforced() {
+		c.plain()
+		return
+	}
 	if err := c.connect(); err != nil {
 		c.fail(reasonOf(err, flow.ReasonUpstream))
 		return

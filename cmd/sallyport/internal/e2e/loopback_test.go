@@ -6,6 +6,7 @@ import (
 	"net"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -47,6 +48,21 @@ func TestLoopbackCalls(t *testing.T) {
 				t.Error("this test called nobody")
 			}
 		})
+	}
+}
+
+// TestUnprotectedWhileObserved calls an endpoint that no policy protects.
+func TestUnprotectedWhileObserved(t *testing.T) {
+	require(t)
+	t.Parallel()
+	n, _ := one(t)
+	n.policy("shop.yaml", strings.ReplaceAll(shopIn("audit"), `endpoints: ["10.78.1.2:9090"]`, `endpoints: ["10.78.1.2:9090", "10.78.1.2:9091"]`))
+	server(t, n.group("stream"), n.ns, "echo", ":9091")
+	n.start()
+	act(t, n.group("client"), n.ns, "idle").line(t)
+	n.served("client", "stream")
+	if out, err := say(t, n.group("client"), n.ns, addrB+":9091", "hello\n"); err != nil || out != "hello\n" {
+		t.Errorf("got %q %v", out, err)
 	}
 }
 
