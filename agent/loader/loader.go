@@ -89,7 +89,9 @@ func Open(o Options) (*Kernel, error) {
 	}
 	k := &Kernel{dir: o.PinDir, root: o.CgroupRoot, log: o.Logger}
 	if err := k.open(o); err != nil {
-		return nil, errors.Join(err, k.Close())
+		err = errors.Join(err, k.Close())
+		os.Remove(o.PinDir) //nolint:errcheck // goes where it is empty: made here, and nothing pinned
+		return nil, err
 	}
 	return k, nil
 }
