@@ -78,9 +78,7 @@ func TestAServerThatHasJustStarted(t *testing.T) {
 		}
 		from := n.mark()
 		w = startNginx(t, filepath.Join(n.cgroup, "web"), n.ns, 8080)
-		// The agent may have to look again before it knows the new server;
-		// until then it says that there is none.
-		if got := n.get(); got != "200" && got != "503 upstream_gone" {
+		if got := n.get(); got != "200" {
 			t.Errorf("the first call after restart %d: %s\n%+v", i, got, n.records(from))
 		}
 		n.awaitServed()

@@ -78,7 +78,7 @@ http {
 		default:
 		}
 		if strings.Count(w.log("error.log"), "start worker process ") < 2 {
-			return w.log("error.log")
+			return "no workers yet: " + w.log("error.log")
 		}
 		for _, table := range []string{"tcp", "tcp6"} {
 			if !listens(fmt.Sprintf("/proc/%d/net/%s", w.cmd.Process.Pid, table), port) {
