@@ -60,7 +60,10 @@ func (q *question) answer(ans *answer, file *os.File) (give *os.File, err error)
 	case "listen":
 		err = unix.Listen(q.FD, 16)
 	case "connect":
-		err = withAddr(q.FD, q.Addr, unix.Connect)
+		err = withAddr(q.FD, q.Addr, func(fd int, sa unix.Sockaddr) error {
+			// Once under way, connect(2) goes on waiting for what it began.
+			return uninterrupted(func() error { return unix.Connect(fd, sa) })
+		})
 	case "disconnect":
 		var unspec [16]byte
 		if _, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(q.FD), uintptr(unsafe.Pointer(&unspec)), 16); errno != 0 {
@@ -68,7 +71,11 @@ func (q *question) answer(ans *answer, file *os.File) (give *os.File, err error)
 		}
 	case "accept":
 		var sa unix.Sockaddr
-		if ans.FD, sa, err = unix.Accept4(q.FD, unix.SOCK_CLOEXEC); err == nil {
+		err = uninterrupted(func() (err error) {
+			ans.FD, sa, err = unix.Accept4(q.FD, unix.SOCK_CLOEXEC)
+			return err
+		})
+		if err == nil {
 			ans.Addr = addrPort(sa)
 			err = timeout(ans.FD, 5*time.Second)
 		}
@@ -95,7 +102,10 @@ func (q *question) transfer(ans *answer) (err error) {
 	case "send":
 		for b := q.Data; len(b) > 0 && err == nil; {
 			var n int
-			n, err = unix.SendmsgN(q.FD, b, nil, nil, unix.MSG_NOSIGNAL)
+			err = uninterrupted(func() (err error) {
+				n, err = unix.SendmsgN(q.FD, b, nil, nil, unix.MSG_NOSIGNAL)
+				return err
+			})
 			b = b[n:]
 		}
 	case "frame":
@@ -105,7 +115,11 @@ func (q *question) transfer(ans *answer) (err error) {
 	case "recv":
 		b := make([]byte, min(max(q.Args[0], 0), 64<<10))
 		var n int
-		if n, _, err = unix.Recvfrom(q.FD, b, 0); err == nil {
+		err = uninterrupted(func() (err error) {
+			n, _, err = unix.Recvfrom(q.FD, b, 0)
+			return err
+		})
+		if err == nil {
 			ans.Data = b[:n]
 		}
 	case "setint":
@@ -135,6 +149,16 @@ func timeout(fd int, d time.Duration) error {
 		return err
 	}
 	return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
+}
+
+// uninterrupted calls again what a signal of the Go runtime cut short: with a
+// time-out on the socket the kernel does not go on by itself (signal(7)).
+func uninterrupted(call func() error) error {
+	for {
+		if err := call(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
 func withAddr(fd int, addr netip.AddrPort, f func(int, unix.Sockaddr) error) error {
