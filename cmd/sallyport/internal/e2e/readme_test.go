@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,7 +67,7 @@ func TestReadmeFirstLook(t *testing.T) {
 		<-n.agent.done
 		eventually(t, "the agent to end", func() string {
 			if out, err := exec.Command(sallyport, "agent", "uninstall", "--pin-dir", n.pinDir).CombinedOutput(); err != nil {
-				return string(out)
+				return fmt.Sprintf("%v: %s", err, out)
 			}
 			return ""
 		})
