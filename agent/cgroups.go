@@ -19,7 +19,14 @@ import (
 // not exempt.
 type ownCgroups struct {
 	root, agent, userspace string
+	mount                  string // of the cgroup2 hierarchy
 	agentID                uint64
+}
+
+// own says whether a path in the hierarchy is one of this agent's cgroups.
+func (o *ownCgroups) own(path string) bool {
+	at := filepath.Join(o.mount, path)
+	return at == o.agent || at == o.userspace
 }
 
 // findCgroups finds the subtree to look after and where the agent's own leaf
@@ -54,7 +61,7 @@ func (a *Agent) findCgroups() error {
 			base = filepath.Dir(base)
 		}
 	}
-	a.cgroups = ownCgroups{root: root, agent: filepath.Join(base, "agent"), userspace: filepath.Join(base, "userspace")}
+	a.cgroups = ownCgroups{root: root, mount: mount, agent: filepath.Join(base, "agent"), userspace: filepath.Join(base, "userspace")}
 	return nil
 }
 

@@ -182,6 +182,9 @@ func (s service) Identities(_ context.Context, q *controlpb.IdentitiesRequest) (
 		return nil, err
 	}
 	for _, u := range strangers {
+		if s.a.cgroups.own(u.Path) {
+			continue
+		}
 		r.Workloads = append(r.Workloads, &controlpb.Workload{Cgroup: u.Path, CgroupId: u.ID, Processes: uint32(u.Processes), Nearest: u.Nearest, Mismatch: u.Mismatch})
 	}
 	return r, nil

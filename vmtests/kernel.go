@@ -4,6 +4,7 @@ package vmtests
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -83,7 +84,7 @@ func newestKernel(ctx context.Context, version string) (candidate, error) {
 		if err == nil {
 			return 1
 		}
-		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 1 {
+		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 1 {
 			failed = fmt.Errorf("compare versions: %w", err)
 		}
 		return -1
@@ -138,7 +139,7 @@ func download(ctx context.Context, c candidate, dir string) error {
 func output(ctx context.Context, name string, args ...string) (string, error) {
 	out, err := exec.CommandContext(ctx, name, args...).Output()
 	if err != nil {
-		if exit, ok := err.(*exec.ExitError); ok {
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 			return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, exit.Stderr)
 		}
 		return "", fmt.Errorf("%s: %w: it is part of Debian and Ubuntu", name, err)

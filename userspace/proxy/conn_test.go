@@ -793,23 +793,23 @@ http {
 	}
 }
 
-// TestPlainAndUnprotected carry what nobody claims, and what nobody
-// protects.
+// TestPlainAndUnprotected carries what nobody claims and the caller's egress
+// lists, and refuses what nobody protects without asking the agent.
 func TestPlainAndUnprotected(t *testing.T) {
 	eachEngine(t, func(t *testing.T, goroutines bool) {
 		n := oneNode(t, nodeOptions{goroutines: goroutines})
 		n.raw(echo, 99, 6000)
-		for _, port := range []uint16{99, 6000} {
+		for port, want := range map[uint16]string{99: "", 6000: "hello"} {
 			conn := dialTCP(t, n.out(clientNumber, serverPort(port)))
 			io.WriteString(conn, "hello")
 			_ = conn.CloseWrite()
-			if b, err := io.ReadAll(conn); string(b) != "hello" {
+			if b, err := io.ReadAll(conn); string(b) != want {
 				t.Errorf("port %d: got %q %v", port, b, err)
 			}
 		}
 		n.mu.Lock()
 		defer n.mu.Unlock()
-		if len(n.dials) != 2 || n.dials[0].Kind != DialApplication || n.dials[1].Kind != DialPlain {
+		if len(n.dials) != 1 || n.dials[0].Kind != DialPlain {
 			t.Errorf("dials %+v", n.dials)
 		}
 	})
@@ -1240,7 +1240,7 @@ func TestHeldTunnel(t *testing.T) {
 	} {
 		ended := time.Now()
 		tp := &tunnelPool{failed: c.failed, took: c.took, ended: ended}
-		if err := tp.held(ended.Add(c.hold-1), c.enforced); err != c.failed {
+		if err := tp.held(ended.Add(c.hold-1), c.enforced); !errors.Is(err, c.failed) {
 			t.Errorf("%+v: before: %v", c, err)
 		}
 		if err := tp.held(ended.Add(c.hold), c.enforced); err != nil {

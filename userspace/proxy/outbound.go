@@ -162,22 +162,15 @@ func egress(src *compile.Identity, dst netip.AddrPort) bool {
 	})
 }
 
-// unprotected carries a connection to a local identity's port that no policy
-// protects. The agent makes no application's socket for it; a caller whose
-// policy only observes needs none.
+// unprotected ends a call to a local identity's port that no policy protects:
+// nothing says who may serve there. A caller whose policy only observes goes
+// on as it would without us.
 func (c *call) unprotected() {
 	if !c.enforced() {
 		c.plain()
 		return
 	}
-	if err := c.connect(); err != nil {
-		c.fail(reasonOf(err, flow.ReasonUpstream))
-		return
-	}
-	if c.watch(true) {
-		c.record(0, 0)
-		c.relay(c.upstream)
-	}
+	c.fail(&refusal{flow.StagePolicy, flow.ReasonNoPolicy, "the address is " + c.target.FullName() + "'s, and no policy protects that port"})
 }
 
 // remote carries a connection through a tunnel to the node that has the

@@ -162,7 +162,7 @@ func openPort() (port, error) {
 			if err == nil {
 				return port(fd), nil
 			}
-			if err != unix.ENOENT {
+			if !errors.Is(err, unix.ENOENT) {
 				return -1, fmt.Errorf("open port %s: %w", protocol.PortName, err)
 			}
 		}

@@ -135,8 +135,7 @@ func (a *app) do(q *appRequest) *appReply {
 
 // errorText names the errno where there is one: that is what a program sees.
 func errorText(err error) string {
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		return errno.Error()
 	}
 	var ne net.Error

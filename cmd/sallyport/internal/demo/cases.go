@@ -92,7 +92,7 @@ func (d *demo) http(ctx context.Context, decides *lab.Node, app string, q appReq
 		return r.Err, "", nil
 	}
 	got = fmt.Sprint(r.Status)
-	fits := func(*lab.Record) bool { return false }
+	var fits func(*lab.Record) bool
 	if r.Status == 200 {
 		var e echoReply
 		if err := json.Unmarshal([]byte(r.Body), &e); err != nil {

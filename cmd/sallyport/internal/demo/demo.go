@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -328,8 +329,8 @@ func (d *demo) close() error {
 			n.Stop()
 		}
 	}
-	for i := len(d.processes) - 1; i >= 0; i-- {
-		d.processes[i].Stop(2 * time.Second)
+	for _, p := range slices.Backward(d.processes) {
+		p.Stop(2 * time.Second)
 	}
 	if d.lab == nil {
 		return nil

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -268,23 +269,6 @@ func (n *node) change(edit func()) {
 	n.await("take the policies over", func(now *controlpb.StatusReply) bool {
 		return now.GetPolicySet().GetGeneration() > s.GetPolicySet().GetGeneration() && now.GetReady() && now.GetUserspace().GetReady()
 	})
-}
-
-// thumbprint is that of an identity's certificate, hex.
-func (n *node) thumbprint(identity string) string {
-	n.t.Helper()
-	n.served(identity)
-	s, err := n.status()
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	for _, l := range proxyOf(s).Leaves {
-		if l.ID == n.id(identity) {
-			return l.Thumbprint
-		}
-	}
-	n.t.Fatalf("no certificate of %s", identity)
-	return ""
 }
 
 // id is the derived SPIFFE ID of an identity in namespace shop.
@@ -566,9 +550,9 @@ func removeTree(t *testing.T, root string) {
 			}
 			return nil
 		})
-		for i := len(dirs) - 1; i >= 0; i-- {
-			if err := unix.Rmdir(dirs[i]); err != nil && err != unix.ENOENT {
-				return fmt.Sprintf("%s: %v", dirs[i], err)
+		for _, dir := range slices.Backward(dirs) {
+			if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+				return fmt.Sprintf("%s: %v", dir, err)
 			}
 		}
 		return ""

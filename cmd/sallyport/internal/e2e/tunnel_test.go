@@ -100,7 +100,7 @@ func (p *peer) leaf(id string, notAfter time.Time) tls.Certificate {
 }
 
 // tunnel opens a tunnel to a server's identity on node b by x/net's HTTP/2.
-func (p *peer) tunnel(cert *tls.Certificate, server string) (*http2.ClientConn, error) {
+func (p *peer) tunnel(cert *tls.Certificate, server string) (*http2.ClientConn, error) { //nolint:staticcheck // x/net's own implementation is wanted, not net/http's
 	p.t.Helper()
 	var c net.Conn
 	err := p.ns.Do(func() (err error) {
@@ -124,12 +124,12 @@ func (p *peer) tunnel(cert *tls.Certificate, server string) (*http2.ClientConn, 
 	if err := secured.Handshake(); err != nil {
 		return nil, err
 	}
-	return (&http2.Transport{}).NewClientConn(secured)
+	return (&http2.Transport{}).NewClientConn(secured) //nolint:staticcheck // see above
 }
 
 // connect asks for a CONNECT stream. It returns the status, and on 200 what
 // came back for the bytes that were sent.
-func connect(cc *http2.ClientConn, authority, forwarded, send string) (status int, got string, err error) {
+func connect(cc *http2.ClientConn, authority, forwarded, send string) (status int, got string, err error) { //nolint:staticcheck // see above
 	body, w := io.Pipe()
 	defer w.Close()
 	q := &http.Request{Method: http.MethodConnect, URL: &url.URL{Host: authority}, Host: authority, Header: http.Header{}, Body: body, ContentLength: -1}

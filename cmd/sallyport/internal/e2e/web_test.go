@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -168,5 +167,3 @@ func code(t *testing.T, cgroup string, ns *testenv.Netns, url string, args ...st
 	}
 	return status
 }
-
-func hostPort(host string, port int) string { return net.JoinHostPort(host, fmt.Sprint(port)) }
