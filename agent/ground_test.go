@@ -307,6 +307,21 @@ func (g *ground) policy(text string) {
 		g.t.Fatal(problems)
 	}
 	g.policiesChanged(watch.Event{Plan: plan, Files: files})
+	if g.stopWorkload == nil {
+		return // nobody looks for workloads yet
+	}
+	// It comes into force with the first table of its identities.
+	for late := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		g.mu.Lock()
+		applied := g.applied
+		g.mu.Unlock()
+		if applied == plan {
+			return
+		}
+		if time.Now().After(late) {
+			g.t.Fatalf("the policies did not come into force; problems: %v", g.health.Problems())
+		}
+	}
 }
 
 func (g *ground) id(v *view, name string) *compile.Identity {

@@ -13,6 +13,9 @@ import (
 
 	"github.com/sallyport-dev/sallyport/agent/metrics"
 	"github.com/sallyport-dev/sallyport/agent/testenv"
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/watch"
 )
 
 // When a port comes under enforce, the connections of whoever sat on it are
@@ -59,5 +62,37 @@ spec:
 	g.reconcile(func(*inputs) {})
 	if foreign() {
 		t.Error("it is said to listen though it is gone")
+	}
+}
+
+// A plan is brought into force only with workloads that were looked for under
+// it: by a table of other identities, what is enforced would be nobody.
+func TestPlanWaitsForItsWorkloads(t *testing.T) {
+	g := newGround(t)
+	g.connect(nil).ready()
+	listen(t, g.server, serverAt)
+	g.stopWorkload()
+	before := g.applied
+	text := strings.ReplaceAll(documents, "name: client", "name: renamed")
+	text = strings.ReplaceAll(text, "[client", "[renamed")
+	files := []load.File{{Path: "set.yaml", Content: []byte(text)}}
+	plan, problems := compile.Build(files, compile.Options{TrustDomain: trustDomain, Node: nodeName})
+	if plan == nil {
+		t.Fatal(problems)
+	}
+	g.policiesChanged(watch.Event{Plan: plan, Files: files})
+	if g.in.plan != plan || g.applied != before {
+		t.Errorf("in force: %v", g.applied == plan)
+	}
+	if err := g.dp.Heartbeat(); err != nil {
+		t.Fatal(err)
+	}
+	c, err := g.client.Dial(serverAt)
+	if err == nil {
+		// Its SYN may only have come to our own listener.
+		must(t, c.Close())
+	}
+	if n, err := g.dp.Counters(); err != nil || n.Served != 0 {
+		t.Errorf("%d connections reached the server, %v", n.Served, err)
 	}
 }

@@ -93,8 +93,11 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	if before != a.in.plan {
 		a.planChanged()
 	}
-	if a.in.plan == nil || a.in.table == nil {
-		// Before the first plan the kernel holds what an earlier agent left.
+	if a.in.plan == nil || a.in.table == nil || a.in.table.Of < a.in.recognising {
+		// Before the first plan the kernel holds what an earlier agent left,
+		// and before workloads were looked for under the present one, what
+		// was there before: a table of other identities would have the
+		// enforced pass for nobody. The next table is on its way.
 		return
 	}
 	errs := []error{a.openNamespaces()}
@@ -141,7 +144,7 @@ func (a *Agent) planChanged() {
 			ids = append(ids, w)
 		}
 	}
-	a.finder.SetIdentities(ids)
+	a.in.recognising = a.finder.SetIdentities(ids)
 	a.log.Info("policies in force", "digest", plan.Digest(), "generation", a.in.generation, "identities", len(plan.Identities()), "policies", len(plan.APIs()))
 }
 

@@ -25,7 +25,9 @@ type inputs struct {
 	loaded     time.Time
 	lastGood   bool
 	table      *workload.Table
-	revoked    map[string]bool // SPIFFE IDs
+	// recognising is what the table of the plan's identities bears.
+	recognising uint64
+	revoked     map[string]bool // SPIFFE IDs
 }
 
 // view is one consistent picture of plan, workloads and addresses. It is

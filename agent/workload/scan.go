@@ -30,7 +30,7 @@ type scanned struct {
 // in the table.
 func (r *Recogniser) scan() (*Table, []*held) {
 	r.mu.Lock()
-	identities := r.identities
+	identities, of := r.identities, r.of
 	r.mu.Unlock()
 	s := scan{r: r, cgroups: map[string]*scanned{}, named: map[string]bool{}}
 	r.watch.begin()
@@ -39,7 +39,9 @@ func (r *Recogniser) scan() (*Table, []*held) {
 	}
 	r.watch.end()
 	s.namespaces(identities)
-	return s.table()
+	table, release := s.table()
+	table.Of = of
+	return table, release
 }
 
 type scan struct {

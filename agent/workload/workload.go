@@ -64,6 +64,9 @@ type Table struct {
 	Cgroups  []Cgroup // sorted by path
 	Netns    []Netns  // sorted by cookie
 	Problems []string // what could not be looked at, sorted
+	// Of is what SetIdentities returned for the identities that were looked
+	// for: a table of others says nothing about a plan.
+	Of uint64
 }
 
 // Recogniser keeps the table.
@@ -73,6 +76,7 @@ type Recogniser struct {
 	wake chan struct{}
 
 	mu         sync.Mutex
+	of         uint64 // counts SetIdentities
 	identities []Identity
 	table      *Table
 
@@ -116,12 +120,16 @@ func New(opt Options) (*Recogniser, error) {
 	return &Recogniser{opt: opt, own: own, wake: make(chan struct{}, 1), table: &Table{}, held: map[uint64]*held{}}, nil
 }
 
-// SetIdentities replaces the identities that are looked for.
-func (r *Recogniser) SetIdentities(all []Identity) {
+// SetIdentities replaces the identities that are looked for, and returns what
+// the tables of these will bear in Of. The next one follows at once.
+func (r *Recogniser) SetIdentities(all []Identity) uint64 {
 	r.mu.Lock()
 	r.identities = slices.Clone(all)
+	r.of++
+	of := r.of
 	r.mu.Unlock()
 	r.Wake()
+	return of
 }
 
 // Wake has everything looked at now.
@@ -195,7 +203,7 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 // same says whether two tables tell the same, but for how many processes there
 // are: that changes with every fork.
 func (t *Table) same(o *Table) bool {
-	return slices.EqualFunc(t.Cgroups, o.Cgroups, func(a, b Cgroup) bool {
+	return t.Of == o.Of && slices.EqualFunc(t.Cgroups, o.Cgroups, func(a, b Cgroup) bool {
 		return a.ID == b.ID && a.Path == b.Path && a.Identity == b.Identity && a.By == b.By && a.Top == b.Top &&
 			a.Unconfined == b.Unconfined && slices.Equal(a.Ambiguous, b.Ambiguous) && slices.Equal(a.Netns, b.Netns)
 	}) && slices.EqualFunc(t.Netns, o.Netns, func(a, b Netns) bool {
