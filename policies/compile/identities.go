@@ -313,7 +313,13 @@ func (c *compiler) egress(id *Identity, d *identityDoc) {
 		prefix, err := netip.ParsePrefix(e.CIDR)
 		switch {
 		case e.CIDR == "":
-			c.empty(&d.Document, "cidr", "spec", "egress", i, "cidr")
+			if !d.Empty("spec", "egress", i) {
+				if _, written := d.Lookup("spec", "egress", i, "cidr"); written {
+					c.empty(&d.Document, "cidr", "spec", "egress", i, "cidr")
+				} else if _, written := d.Lookup("spec", "egress", i, "host"); !written {
+					c.report.Errorf(d.At("spec", "egress", i), "egress: names neither a host nor a cidr")
+				}
+			}
 			continue
 		case err != nil:
 			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: %q is not ADDRESS/BITS, such as 10.9.0.0/16", e.CIDR)

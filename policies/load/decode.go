@@ -91,7 +91,11 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value, key *yaml.Node, name st
 		}
 		f := lookup(fields, k.Value)
 		if f == nil {
-			d.unknown(k, v.Type().Name(), fields)
+			d.unknown(k, fields)
+			continue
+		}
+		if unsupported[f.owner+"."+f.name] {
+			d.errorf(k, "%s %s", k.Value, notSupported)
 			continue
 		}
 		d.value(value, v.Field(f.index), k, f)
@@ -125,11 +129,7 @@ func (d *decoder) keys(n *yaml.Node) map[string]*yaml.Node {
 	return seen
 }
 
-func (d *decoder) unknown(k *yaml.Node, owner string, fields []field) {
-	if unsupported[owner+"."+k.Value] {
-		d.errorf(k, "%s %s", k.Value, notSupported)
-		return
-	}
+func (d *decoder) unknown(k *yaml.Node, fields []field) {
 	names := make([]string, len(fields))
 	for i := range fields {
 		names[i] = fields[i].name
@@ -320,11 +320,11 @@ func (d *decoder) plain(n *yaml.Node, f *field) bool {
 }
 
 func (d *decoder) oneof(n *yaml.Node, f *field) {
-	if len(f.oneof) == 0 || slices.Contains(f.oneof, n.Value) {
-		return
-	}
 	if unsupported[f.owner+"."+f.name+"="+n.Value] {
 		d.errorf(n, "%s: %q %s", f.name, n.Value, notSupported)
+		return
+	}
+	if len(f.oneof) == 0 || slices.Contains(f.oneof, n.Value) {
 		return
 	}
 	d.errorf(n, "%s: %q is not one of %s", f.name, shown(n.Value), strings.Join(f.oneof, ", "))

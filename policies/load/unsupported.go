@@ -6,8 +6,8 @@ import "github.com/sallyport-dev/sallyport/policies/v1alpha1"
 
 // unsupported lists what the policy language has and this version does not
 // do: TYPE.FIELD, TYPE.FIELD=WORD, and kinds. Each is an error, because a
-// line that is accepted and does nothing protects nobody. What is built
-// moves from here into v1alpha1.
+// line that is accepted and does nothing protects nobody. What is built is
+// taken out.
 var unsupported = map[string]bool{
 	v1alpha1.KindPostureProfile: true,
 
@@ -20,6 +20,7 @@ var unsupported = map[string]bool{
 
 	"TokenIssuerSpec.claims":           true,
 	"TokenIssuerSpec.introspection":    true,
+	"TokenIssuerSpec.tokenURL":         true,
 	"RelationModelSpec.address":        true,
 	"RelationModelSpec.engine=openfga": true,
 	"RelationModelSpec.engine=spicedb": true,
@@ -32,6 +33,9 @@ var unsupported = map[string]bool{
 	"Rule.grpc":                    true,
 	"Rule.posture":                 true,
 	"Rule.upgrade":                 true,
+	"App.certificate":              true,
+	"App.key":                      true,
+	"App.ca":                       true,
 	"Token.acr":                    true,
 	"Token.maxAge":                 true,
 	"Token.boundTo=dpop":           true,

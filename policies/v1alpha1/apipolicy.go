@@ -10,14 +10,17 @@ type APIPolicySpec struct {
 	// MTLS is required if absent.
 	MTLS  string `json:"mtls" oneof:"required|permissive|off"`
 	Rules []Rule `json:"rules" required:"true"`
+	// Posture is the PostureProfile that callers must satisfy; absent: none.
+	Posture string `json:"posture"`
 	// Anomaly turns scoring on; absent: off.
 	Anomaly *Anomaly `json:"anomaly"`
 	// Body turns the reading of bodies before the decision on; absent: off.
 	Body *Body `json:"body"`
 	// Otherwise is what happens where no rule says anything; deny if absent.
 	Otherwise string `json:"otherwise" oneof:"deny|allow"`
-	// OnError is what happens where a stage cannot answer; deny if absent.
-	OnError string `json:"onError" oneof:"deny"`
+	// OnError is what happens where a stage cannot answer: deny, or for a
+	// bounded time what it answered to the same call before. Deny if absent.
+	OnError string `json:"onError" oneof:"deny|cached"`
 }
 
 // Protect says what a policy protects.
@@ -26,14 +29,23 @@ type Protect struct {
 	Identity string   `json:"identity" required:"true"`
 	Ports    []uint16 `json:"ports" required:"true"`
 	// Protocol is auto if absent.
-	Protocol string `json:"protocol" oneof:"auto|http|tcp|tls"`
+	Protocol string `json:"protocol" oneof:"auto|http|grpc|tcp|tls"`
 	App      *App   `json:"app"`
 }
 
 // App says what the application itself does.
 type App struct {
-	// TLS is none if absent, except for protocol tls.
-	TLS string `json:"tls" oneof:"none|passthrough"`
+	// TLS is none if absent, except for protocol tls. With terminate the
+	// callers' TLS ends at the proxy, which shows the application's own
+	// certificate; with reencrypt the application is spoken to in TLS again.
+	TLS string `json:"tls" oneof:"none|passthrough|terminate|reencrypt"`
+	// Certificate and Key are absolute paths of PEM files that the agent
+	// reads and watches: what callers are shown.
+	Certificate string `json:"certificate"`
+	Key         string `json:"key"`
+	// CA is the absolute path of a PEM file with what the application's
+	// certificate must lead to; for reencrypt.
+	CA string `json:"ca"`
 }
 
 // Rule allows or denies. Every line of a rule must be satisfied; any allow
@@ -53,11 +65,19 @@ type Rule struct {
 	Hosts []string `json:"hosts"`
 	// HTTP are methods and path templates, "METHOD /path/{name}" or
 	// "* /path/**"; absent: any.
-	HTTP     []string  `json:"http"`
+	HTTP []string `json:"http"`
+	// GRPC are methods, package.Service/Method or package.Service/*.
+	GRPC []string `json:"grpc"`
+	// Upgrade lists the protocols that a connection may switch to (RFC 9110
+	// section 7.8) after the application's 101; absent: none.
+	Upgrade  []string  `json:"upgrade" oneof:"websocket"`
 	Token    *Token    `json:"token"`
 	Relation *Relation `json:"relation"`
 	// When is a CEL expression of type bool.
 	When string `json:"when"`
+	// Posture is a PostureProfile that callers by this rule must satisfy, in
+	// place of the policy's.
+	Posture string `json:"posture"`
 }
 
 // Token says which access token a caller must show.
@@ -66,8 +86,14 @@ type Token struct {
 	Issuer   string   `json:"issuer" required:"true"`
 	Audience string   `json:"audience" required:"true"`
 	Scopes   []string `json:"scopes"`
-	// BoundTo asks for a sender-constrained token (RFC 8705).
-	BoundTo string `json:"boundTo" oneof:"mtls"`
+	// BoundTo asks for a sender-constrained token: by certificate (RFC 8705),
+	// by DPoP (RFC 9449) or by HTTP message signature (RFC 9421).
+	BoundTo string `json:"boundTo" oneof:"mtls|dpop|signature"`
+	// ACR lists the authentication context classes of which the token must
+	// show one (RFC 9470).
+	ACR []string `json:"acr"`
+	// MaxAge is how long ago the authentication may have been (RFC 9470).
+	MaxAge *Duration `json:"maxAge"`
 }
 
 // Relation is a relation that must hold; the bare string is Check.
@@ -87,12 +113,16 @@ func (r *Relation) UnmarshalText(b []byte) error {
 // Anomaly says what is done at which p-value.
 type Anomaly struct {
 	Warn      *Probability `json:"warn"`
+	StepUp    *Probability `json:"stepUp"`
 	Throttle  *Probability `json:"throttle"`
 	Revoke    *Probability `json:"revoke"`
 	Terminate *Probability `json:"terminate"`
 	// Warmup is how long nothing is done; 1000 requests of 3 identities if
 	// absent.
 	Warmup *Warmup `json:"warmup"`
+	// FalsePositives is how many actions upon normal calls are acceptable, as
+	// NUMBER/UNIT with hour, day or week: what calibrates the thresholds.
+	FalsePositives *Rate `json:"falsePositives"`
 	// OnError is for this stage alone; deny if absent.
 	OnError string `json:"onError" oneof:"ignore|deny"`
 }

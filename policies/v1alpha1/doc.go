@@ -52,6 +52,12 @@ type RelationModel struct {
 	Spec     RelationModelSpec `json:"spec"`
 }
 
+// PostureProfile is what a node and a program must prove.
+type PostureProfile struct {
+	Metadata Metadata           `json:"metadata" required:"true"`
+	Spec     PostureProfileSpec `json:"spec" required:"true"`
+}
+
 // APIPolicy is an API: which identity it protects, the rules, and what
 // happens otherwise.
 type APIPolicy struct {

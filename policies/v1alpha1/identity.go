@@ -23,19 +23,45 @@ type MachineIdentitySpec struct {
 	// MayCall names the MachineIdentities that it may call at most; absent:
 	// none.
 	MayCall []string `json:"mayCall"`
+	// Tokens are the access tokens that the agent obtains for it and puts on
+	// its calls.
+	Tokens []Obtain `json:"tokens"`
 	// Egress says where it may connect outside the mesh; absent: anywhere in
 	// observe and audit, nowhere in enforce.
 	Egress []Egress `json:"egress"`
 }
 
+// Obtain is an access token that the agent obtains for a workload (RFC 6749
+// section 4.4, with RFC 8705).
+type Obtain struct {
+	// To is the MachineIdentity that is called.
+	To string `json:"to" required:"true"`
+	// Issuer is the TokenIssuer's name; it needs a tokenURL.
+	Issuer string `json:"issuer" required:"true"`
+	// Audience is asked for as the resource (RFC 8707).
+	Audience string   `json:"audience" required:"true"`
+	Scopes   []string `json:"scopes"`
+}
+
 // Selector says how the kernel recognises a workload.
 type Selector struct {
-	Systemd *SystemdSelector `json:"systemd"`
-	Cgroup  *CgroupSelector  `json:"cgroup"`
+	// All says that every workload of the node is meant.
+	All        bool                `json:"all"`
+	Kubernetes *KubernetesSelector `json:"kubernetes"`
+	Systemd    *SystemdSelector    `json:"systemd"`
+	Cgroup     *CgroupSelector     `json:"cgroup"`
 	// UID is the numeric user that its processes run as; never alone.
 	UID *uint32 `json:"uid"`
 	// Process narrows by what runs; never alone.
 	Process *ProcessSelector `json:"process"`
+}
+
+// KubernetesSelector selects pods of the document's namespace.
+type KubernetesSelector struct {
+	// ServiceAccount is the name of the one that the pod runs as.
+	ServiceAccount string `json:"serviceAccount" required:"true"`
+	// Labels must all be on the pod.
+	Labels map[string]string `json:"labels"`
 }
 
 // SystemdSelector selects a unit of the system manager.
@@ -54,10 +80,19 @@ type CgroupSelector struct {
 type ProcessSelector struct {
 	// Binary is the absolute path of the executable.
 	Binary string `json:"binary" required:"true"`
+	// Digest is that of the executable's content, sha256: and 64 hexadecimal
+	// digits.
+	Digest string `json:"digest"`
 }
 
-// Egress is a range of addresses outside the mesh.
+// Egress is a host or a range of addresses outside the mesh: Host or CIDR.
 type Egress struct {
-	CIDR  string   `json:"cidr" required:"true"`
+	// Host is a name, without port.
+	Host  string   `json:"host"`
+	CIDR  string   `json:"cidr"`
 	Ports []uint16 `json:"ports" required:"true"`
+	// TLS, with a host: verify asks for TLS to that name (SNI) at an address
+	// that proves the name by a certificate; any, the default, takes what is
+	// spoken to the addresses that the name resolves to.
+	TLS string `json:"tls" oneof:"verify|any"`
 }

@@ -19,6 +19,20 @@ type TokenIssuerSpec struct {
 	// Typ lists the token types that are accepted in the JOSE header; at+jwt
 	// (RFC 9068) if absent.
 	Typ []string `json:"typ" oneof:"at+jwt|JWT"`
+	// Claims are claims that each of its tokens must have, with one of the
+	// values that are listed; a text stands for a list of one.
+	Claims map[string]Words `json:"claims"`
+	// Introspection says where opaque tokens are asked about (RFC 7662).
+	Introspection *Introspection `json:"introspection"`
+	// TokenURL is its token endpoint (RFC 6749 section 3.2), for the tokens
+	// that MachineIdentities obtain; https only.
+	TokenURL string `json:"tokenURL"`
+}
+
+// Introspection is an issuer's introspection endpoint (RFC 7662).
+type Introspection struct {
+	// URL is https only.
+	URL string `json:"url" required:"true"`
 }
 
 // JWKS says where a key set is: exactly one of the fields.
@@ -39,7 +53,9 @@ type RelationModelSpec struct {
 	// File names a file beside the policies (*.fga or *.fga.json) with it.
 	File string `json:"file"`
 	// Engine is where the relations are; embedded if absent.
-	Engine string `json:"engine" oneof:"embedded"`
+	Engine string `json:"engine" oneof:"embedded|openfga|spicedb"`
+	// Address is that of an engine elsewhere, HOST:PORT.
+	Address string `json:"address"`
 }
 
 // Tuple is one relation of a *.tuples.yaml file.

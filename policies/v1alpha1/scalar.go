@@ -10,14 +10,23 @@ import (
 	"time"
 )
 
-// Duration is a length of time, written as Go writes it: 15m, 1h30m.
+// Duration is a length of time, written as Go writes it, 15m or 1h30m, or in
+// days, 90d.
 type Duration time.Duration
+
+const day = 24 * time.Hour
 
 // UnmarshalText parses a positive duration.
 func (d *Duration) UnmarshalText(b []byte) error {
 	v, err := time.ParseDuration(string(b))
+	if days, ok := strings.CutSuffix(string(b), "d"); ok && err != nil {
+		var n uint64
+		if n, err = strconv.ParseUint(days, 10, 16); err == nil {
+			v = time.Duration(n) * day
+		}
+	}
 	if err != nil {
-		return fmt.Errorf("%q is not a duration such as 15m or 1h30m", b)
+		return fmt.Errorf("%q is not a duration such as 15m, 1h30m or 90d", b)
 	}
 	if v <= 0 {
 		return fmt.Errorf("%q is not a positive duration", b)
@@ -76,5 +85,32 @@ func (p *Probability) UnmarshalText(b []byte) error {
 		return fmt.Errorf("%q is not a probability above 0 and below 1, such as 1e-4", b)
 	}
 	*p = Probability(v)
+	return nil
+}
+
+// Words is a list of texts; one text stands for a list of one.
+type Words []string
+
+// UnmarshalText takes the one text.
+func (w *Words) UnmarshalText(b []byte) error {
+	*w = Words{string(b)}
+	return nil
+}
+
+// Rate is a number of events in a time, written as 5/day.
+type Rate struct {
+	Events uint32
+	Per    time.Duration
+}
+
+// UnmarshalText parses NUMBER/UNIT.
+func (r *Rate) UnmarshalText(b []byte) error {
+	number, unit, _ := strings.Cut(string(b), "/")
+	n, err := strconv.ParseUint(number, 10, 32)
+	per := map[string]time.Duration{"hour": time.Hour, "day": day, "week": 7 * day}[unit]
+	if err != nil || n == 0 || per == 0 {
+		return fmt.Errorf("%q is not a rate such as 5/day, with hour, day or week", b)
+	}
+	*r = Rate{uint32(n), per}
 	return nil
 }
