@@ -18,12 +18,16 @@ const (
 	ProtocolHTTP
 	ProtocolTCP
 	ProtocolTLS
+	ProtocolGRPC
 )
 
-var protocolNames = [...]string{"auto", "http", "tcp", "tls"}
+var protocolNames = [...]string{"auto", "http", "tcp", "tls", "grpc"}
 
 // String returns the protocol as policies write it.
 func (p Protocol) String() string { return protocolNames[p] }
+
+// reads says whether whatever comes is read as requests, or refused.
+func (p Protocol) reads() bool { return p == ProtocolHTTP || p == ProtocolGRPC }
 
 // AppTLS says what TLS the application speaks itself.
 type AppTLS uint8

@@ -12,6 +12,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/txtar"
 
+	"github.com/sallyport-dev/sallyport/policies/internal/ungated"
 	"github.com/sallyport-dev/sallyport/policies/load"
 )
 
@@ -24,6 +25,10 @@ var testNow = time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 func testOptions() Options {
 	return Options{TrustDomain: "example.org", Node: "node-1", Now: func() time.Time { return testNow }}
 }
+
+// liftGRPC has the loader take what gRPC needs, whatever this version does
+// with it.
+func liftGRPC(t testing.TB) { ungated.Lift(t, "Rule.grpc", "Protect.protocol=grpc") }
 
 // TestErrors holds what is said of each wrong set against the table: every
 // error, with its file, line and column.
@@ -48,6 +53,9 @@ func TestErrors(t *testing.T) {
 		}
 		cases++
 		t.Run(name, func(t *testing.T) {
+			if strings.HasPrefix(name, "grpc-") {
+				liftGRPC(t)
+			}
 			plan, problems := Build([]load.File{base, file}, testOptions())
 			var b strings.Builder
 			for _, p := range problems {

@@ -180,8 +180,14 @@ func (t *table) add(r *Rule, from []*Identity, hosts []string, patterns []*patte
 var anyHost = []string{""}
 
 func (n *node) insert(p *pattern, deny bool) *leaf {
-	segments, method := p.segments, p.method
-	if deny {
+	segments, method, rest := p.segments, p.method, p.rest
+	switch {
+	case deny && p.grpc:
+		// Servers also take calls of it by other methods than gRPC's own.
+		if method = ""; segments[1].param {
+			segments, rest = segments[:1], true
+		}
+	case deny:
 		method = strings.ToUpper(method)
 		if l := len(segments); l > 1 && !p.rest && segments[l-1] == (segment{}) {
 			segments = segments[:l-1]
@@ -209,7 +215,7 @@ func (n *node) insert(p *pattern, deny bool) *leaf {
 		}
 		n = next
 	}
-	if p.rest {
+	if rest {
 		return n.rest.leaf(method)
 	}
 	return n.end.leaf(method)

@@ -18,12 +18,13 @@ const (
 	maxPathBytes       = 1<<16 - 1
 )
 
-// pattern is one entry of a rule's http list.
+// pattern is one entry of a rule's http or grpc list.
 type pattern struct {
 	method   string // "" for any
-	template string // as written: /v1/payments/{id}
+	template string // as written: /v1/payments/{id}, shop.Payments/Create
 	segments []segment
 	rest     bool // ends in /**
+	grpc     bool // of a grpc list: two segments, the second of any name or literal
 	params   []string
 }
 

@@ -117,7 +117,7 @@ func (c *compiler) protocol(a *API, d *policyDoc) {
 
 // needsHTTP refuses what can only be judged where requests are read.
 func (c *compiler) needsHTTP(a *API, pos load.Position, field string) bool {
-	if a.Protocol == ProtocolAuto || a.Protocol == ProtocolHTTP {
+	if a.Protocol == ProtocolAuto || a.Protocol.reads() {
 		return true
 	}
 	if a.AppTLS == AppTLSPassthrough {

@@ -108,7 +108,7 @@ func (a *API) decide(sources []*ruleSource) {
 	}
 	// Where requests are read anyway, what cannot be read is refused; what
 	// is scored or held depends on the request.
-	reads := a.Protocol == ProtocolHTTP || a.Anomaly != nil || a.Body.Inspect > 0
+	reads := a.Protocol.reads() || a.Anomaly != nil || a.Body.Inspect > 0
 	outcome := func(f uint8) decidedBy {
 		switch {
 		case f&denies != 0:
@@ -164,6 +164,7 @@ func (c *compiler) rule(a *API, d *policyDoc, i int) *ruleSource {
 	c.callers(a, r)
 	c.hosts(a, r)
 	c.patterns(a, r)
+	c.methods(a, r)
 	c.token(a, r)
 	c.relation(a, r)
 	c.condition(a, r)
@@ -263,7 +264,11 @@ func (c *compiler) patterns(a *API, r *ruleSource) {
 	if len(r.spec.HTTP) == 0 {
 		return
 	}
-	c.needsHTTP(a, r.key("http"), "http")
+	if a.Protocol == ProtocolGRPC {
+		c.report.Errorf(r.key("http"), "http: cannot be judged with protocol: grpc; write grpc: PACKAGE.SERVICE/METHOD, or protocol: auto for both")
+	} else {
+		c.needsHTTP(a, r.key("http"), "http")
+	}
 	seen := make(map[string]bool, len(r.spec.HTTP))
 	for i, s := range r.spec.HTTP {
 		if s == "" {
@@ -283,13 +288,38 @@ func (c *compiler) patterns(a *API, r *ruleSource) {
 	}
 }
 
+// methods reads the rule's grpc list, whose entries are patterns as well.
+func (c *compiler) methods(a *API, r *ruleSource) {
+	if len(r.spec.GRPC) == 0 {
+		return
+	}
+	c.needsHTTP(a, r.key("grpc"), "grpc")
+	seen := make(map[string]bool, len(r.spec.GRPC))
+	for i, s := range r.spec.GRPC {
+		if s == "" {
+			c.empty(&r.doc.Document, "grpc", "spec", "rules", r.index, "grpc", i)
+			continue
+		}
+		p, err := parseMethod(s)
+		switch {
+		case err != nil:
+			c.report.Errorf(r.at("grpc", i), "grpc: %v", err)
+		case seen[s]:
+			c.report.Errorf(r.at("grpc", i), "grpc: %q is there twice", s)
+		default:
+			r.patterns = append(r.patterns, p)
+		}
+		seen[s] = true
+	}
+}
+
 func (c *compiler) token(a *API, r *ruleSource) {
 	t := r.spec.Token
 	if t == nil {
 		return
 	}
 	if r.Deny {
-		c.report.Errorf(r.key("token"), "token: a deny rule has from, hosts, http and when")
+		c.report.Errorf(r.key("token"), "token: a deny rule has from, hosts, http, grpc and when")
 	}
 	c.needsHTTP(a, r.key("token"), "token")
 	r.Token = &TokenRule{Audience: t.Audience, Scopes: t.Scopes}
@@ -328,7 +358,7 @@ func (c *compiler) relation(a *API, r *ruleSource) {
 		return
 	}
 	if r.Deny {
-		c.report.Errorf(r.key("relation"), "relation: a deny rule has from, hosts, http and when")
+		c.report.Errorf(r.key("relation"), "relation: a deny rule has from, hosts, http, grpc and when")
 	}
 	check := r.at("relation")
 	if _, ok := r.doc.Lookup("spec", "rules", r.index, "relation", "check"); ok {

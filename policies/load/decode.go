@@ -94,7 +94,7 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value, key *yaml.Node, name st
 			d.unknown(k, fields)
 			continue
 		}
-		if unsupported[f.owner+"."+f.name] {
+		if refused(f.owner + "." + f.name) {
 			d.errorf(k, "%s %s", k.Value, notSupported)
 			continue
 		}
@@ -320,7 +320,7 @@ func (d *decoder) plain(n *yaml.Node, f *field) bool {
 }
 
 func (d *decoder) oneof(n *yaml.Node, f *field) {
-	if unsupported[f.owner+"."+f.name+"="+n.Value] {
+	if refused(f.owner + "." + f.name + "=" + n.Value) {
 		d.errorf(n, "%s: %q %s", f.name, n.Value, notSupported)
 		return
 	}

@@ -311,7 +311,7 @@ func (l *loader) document(p *part, root *yaml.Node) {
 	switch {
 	case kind == nil:
 		d.errorf(root, "kind is missing")
-	case unsupported[kind.Value]:
+	case refused(kind.Value):
 		d.errorf(kind, "kind: %s %s", kind.Value, notSupported)
 	case kind.Value == v1alpha1.KindMachineIdentity:
 		decodeDocument(l, d, root, kind.Value, &l.set.Identities, func(v *v1alpha1.MachineIdentity) v1alpha1.Metadata { return v.Metadata })

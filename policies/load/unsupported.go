@@ -2,7 +2,10 @@
 
 package load
 
-import "github.com/sallyport-dev/sallyport/policies/v1alpha1"
+import (
+	"github.com/sallyport-dev/sallyport/policies/internal/ungated"
+	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
+)
 
 // unsupported lists what the policy language has and this version does not
 // do: TYPE.FIELD, TYPE.FIELD=WORD, and kinds. Each is an error, because a
@@ -43,5 +46,8 @@ var unsupported = map[string]bool{
 	"Anomaly.stepUp":               true,
 	"Anomaly.falsePositives":       true,
 }
+
+// refused says whether an entry is on the list.
+func refused(entry string) bool { return unsupported[entry] && !ungated.Lifted(entry) }
 
 const notSupported = "is not supported by this version"
