@@ -75,9 +75,13 @@ type API struct {
 	// OtherwiseAllow says that what no rule speaks of is allowed, within
 	// mayCall and what else refuses.
 	OtherwiseAllow bool
-	Anomaly        *Anomaly // nil: no scoring
-	Body           Body
-	Rules          []*Rule // in document order
+	// Posture is what callers must prove, nil for nothing; a rule with one of
+	// its own is judged by that alone.
+	Posture     *Posture
+	RulePosture bool     // a rule has one of its own
+	Anomaly     *Anomaly // nil: no scoring
+	Body        Body
+	Rules       []*Rule // in document order
 	// Headers are the fields that its rules read, in lower case and
 	// ascending: each must come once, not as a trailer, and not be named in
 	// Connection.
@@ -97,6 +101,7 @@ type Rule struct {
 	Token    *TokenRule // nil: no token is asked for
 	Relation *Relation  // nil: no relation
 	When     *Condition // nil: no condition
+	Posture  *Posture   // nil: the policy's
 
 	order int // deny rules first, then allow rules, each in document order
 }

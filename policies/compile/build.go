@@ -47,7 +47,7 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c := &compiler{
 		set: set, trustDomain: cmp.Or(opt.TrustDomain, DefaultTrustDomain), anyDomain: opt.TrustDomain == "",
 		node: cmp.Or(opt.Node, "localhost"), now: time.Now(),
-		identities: make(map[string]*Identity), issuers: make(map[string]*Issuer), models: make(map[string]*Model),
+		identities: make(map[string]*Identity), issuers: make(map[string]*Issuer), models: make(map[string]*Model), postures: make(map[string]*Posture),
 		names: make(map[reference]map[string][]string),
 	}
 	if opt.Now != nil {
@@ -65,6 +65,7 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c.compileIssuers()
 	c.compileModels()
 	c.compileTuples()
+	c.compilePostures()
 	c.compilePolicies()
 	if set.Failed || c.report.Failed() {
 		return nil, c.report.Problems()
@@ -83,6 +84,7 @@ type compiler struct {
 	identities  map[string]*Identity // by NAMESPACE/NAME
 	issuers     map[string]*Issuer
 	models      map[string]*Model
+	postures    map[string]*Posture
 	names       map[reference]map[string][]string // by kind and namespace; "" has the full names
 	entries     int                               // in all trees
 	conditions  map[string]*compiled
@@ -94,6 +96,7 @@ const (
 	toIdentity reference = v1alpha1.KindMachineIdentity
 	toIssuer   reference = v1alpha1.KindTokenIssuer
 	toModel    reference = v1alpha1.KindRelationModel
+	toPosture  reference = v1alpha1.KindPostureProfile
 )
 
 // declare enters a name for suggestions.

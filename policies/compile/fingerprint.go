@@ -11,7 +11,7 @@ import (
 
 // Fingerprint tells whether an API decides as one of the same name in another
 // plan does: it covers the policy, whom it protects, who may call that, and
-// the issuers and models that its rules name, but neither where they are
+// the issuers, models and profiles that it names, but neither where they are
 // written nor what relations there are. What was decided under an equal
 // fingerprint still holds.
 func (a *API) Fingerprint() [sha256.Size]byte { return a.fingerprint }
@@ -33,7 +33,13 @@ func (c *compiler) fingerprints(docs map[*API]*policyDoc) {
 		for _, caller := range callers[a.Identity] {
 			caller.fingerprint(e)
 		}
+		if a.Posture != nil {
+			a.Posture.fingerprint(e)
+		}
 		for _, r := range a.Rules {
+			if r.Posture != nil {
+				r.Posture.fingerprint(e)
+			}
 			if r.Token != nil {
 				i := *r.Token.Issuer
 				write(e, i.FullName(), i.URL, i.JWKSURL, i.JWKSFile, i.JWKS, i.Algorithms, i.Audiences, i.MaxLifetime, i.Types)
@@ -44,6 +50,10 @@ func (c *compiler) fingerprints(docs map[*API]*policyDoc) {
 		}
 		h.Sum(a.fingerprint[:0])
 	}
+}
+
+func (p *Posture) fingerprint(e *json.Encoder) {
+	write(e, p.FullName(), p.Attested, p.WarnUnknown, p.Requirements)
 }
 
 func (i *Identity) fingerprint(e *json.Encoder) {

@@ -29,6 +29,7 @@ type Plan struct {
 	issuers    []*Issuer
 	models     []*Model
 	tuples     []Tuple
+	postures   []*Posture
 }
 
 type apiKey struct {
@@ -51,6 +52,9 @@ func (p *Plan) Issuers() []*Issuer { return p.issuers }
 
 // Models returns all relation models, by namespace and name.
 func (p *Plan) Models() []*Model { return p.models }
+
+// Postures returns all posture profiles, by namespace and name.
+func (p *Plan) Postures() []*Posture { return p.postures }
 
 // Tuples returns the relations that the set's files hold.
 func (p *Plan) Tuples() []Tuple { return p.tuples }

@@ -62,6 +62,9 @@ func (c *compiler) api(d *policyDoc) *API {
 	a.Ports = c.ports(&d.Document, spec.Protect.Ports, "spec", "protect", "ports")
 	c.servesAt(a, d)
 	c.protocol(a, d)
+	if _, written := d.Lookup("spec", "posture"); written {
+		a.Posture = c.postureRef(a, &d.Document, spec.Posture, "spec", "posture")
+	}
 	if spec.Anomaly != nil {
 		a.Anomaly = c.anomaly(d, spec.Anomaly)
 		c.needsHTTP(a, d.Key("spec", "anomaly"), "anomaly")

@@ -32,7 +32,7 @@ func (r *ruleSource) key(path ...any) load.Position {
 
 // conditional says whether more than the caller's identity decides.
 func (r *ruleSource) conditional() bool {
-	return len(r.hosts) > 0 || len(r.patterns) > 0 || r.Token != nil || r.Relation != nil || r.When != nil
+	return len(r.hosts) > 0 || len(r.patterns) > 0 || r.Token != nil || r.Relation != nil || r.When != nil || r.Posture != nil
 }
 
 func (c *compiler) rules(a *API, d *policyDoc) {
@@ -107,8 +107,8 @@ func (a *API) decide(sources []*ruleSource) {
 		}
 	}
 	// Where requests are read anyway, what cannot be read is refused; what
-	// is scored or held depends on the request.
-	reads := a.Protocol.reads() || a.Anomaly != nil || a.Body.Inspect > 0
+	// is scored or held depends on the request, and posture on the moment.
+	reads := a.Protocol.reads() || a.Posture != nil || a.Anomaly != nil || a.Body.Inspect > 0
 	outcome := func(f uint8) decidedBy {
 		switch {
 		case f&denies != 0:
@@ -168,7 +168,20 @@ func (c *compiler) rule(a *API, d *policyDoc, i int) *ruleSource {
 	c.token(a, r)
 	c.relation(a, r)
 	c.condition(a, r)
+	c.posture(a, r)
 	return r
+}
+
+func (c *compiler) posture(a *API, r *ruleSource) {
+	if _, written := r.doc.Lookup("spec", "rules", r.index, "posture"); !written {
+		return
+	}
+	if r.Deny {
+		c.report.Errorf(r.key("posture"), "posture: a deny rule has from, hosts, http, grpc and when")
+		return
+	}
+	r.Posture = c.postureRef(a, &r.doc.Document, r.spec.Posture, "spec", "rules", r.index, "posture")
+	a.RulePosture = a.RulePosture || r.Posture != nil
 }
 
 // notTrue are the ways in which "all: true" is not there; another text was

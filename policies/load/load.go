@@ -40,6 +40,7 @@ type Set struct {
 	Identities []*Doc[v1alpha1.MachineIdentity]
 	Issuers    []*Doc[v1alpha1.TokenIssuer]
 	Models     []*Doc[v1alpha1.RelationModel]
+	Postures   []*Doc[v1alpha1.PostureProfile]
 	Policies   []*Doc[v1alpha1.APIPolicy]
 	Tuples     []*Doc[v1alpha1.TupleFile]
 	// Failed says that there were errors: the set is for nothing but finding
@@ -319,6 +320,8 @@ func (l *loader) document(p *part, root *yaml.Node) {
 		decodeDocument(l, d, root, kind.Value, &l.set.Issuers, func(v *v1alpha1.TokenIssuer) v1alpha1.Metadata { return v.Metadata })
 	case kind.Value == v1alpha1.KindRelationModel:
 		decodeDocument(l, d, root, kind.Value, &l.set.Models, func(v *v1alpha1.RelationModel) v1alpha1.Metadata { return v.Metadata })
+	case kind.Value == v1alpha1.KindPostureProfile:
+		decodeDocument(l, d, root, kind.Value, &l.set.Postures, func(v *v1alpha1.PostureProfile) v1alpha1.Metadata { return v.Metadata })
 	case kind.Value == v1alpha1.KindAPIPolicy:
 		decodeDocument(l, d, root, kind.Value, &l.set.Policies, func(v *v1alpha1.APIPolicy) v1alpha1.Metadata { return v.Metadata })
 	case kind.Kind != yaml.ScalarNode:

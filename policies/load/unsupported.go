@@ -2,18 +2,13 @@
 
 package load
 
-import (
-	"github.com/sallyport-dev/sallyport/policies/internal/ungated"
-	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
-)
+import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 
 // unsupported lists what the policy language has and this version does not
 // do: TYPE.FIELD, TYPE.FIELD=WORD, and kinds. Each is an error, because a
 // line that is accepted and does nothing protects nobody. What is built is
 // taken out.
 var unsupported = map[string]bool{
-	v1alpha1.KindPostureProfile: true,
-
 	"MachineIdentitySpec.tokens": true,
 	"Selector.all":               true,
 	"Selector.kubernetes":        true,
@@ -28,13 +23,11 @@ var unsupported = map[string]bool{
 	"RelationModelSpec.engine=openfga": true,
 	"RelationModelSpec.engine=spicedb": true,
 
-	"APIPolicySpec.posture":        true,
 	"APIPolicySpec.onError=cached": true,
 	"Protect.protocol=grpc":        true,
 	"App.tls=terminate":            true,
 	"App.tls=reencrypt":            true,
 	"Rule.grpc":                    true,
-	"Rule.posture":                 true,
 	"Rule.upgrade":                 true,
 	"App.certificate":              true,
 	"App.key":                      true,

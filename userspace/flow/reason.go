@@ -66,6 +66,10 @@ const (
 	ReasonCondition    Reason = "condition"     // `when` is false
 	ReasonConditionErr Reason = "condition_err" // `when` cannot be evaluated
 	ReasonNotReady     Reason = "not_ready"     // no policy set has been loaded yet
+	ReasonPosture      Reason = "posture"       // a fact about the caller's node or program does not suffice
+
+	// A fact that the posture asks for is not known, or is stale.
+	ReasonPostureUnknown Reason = "posture_unknown"
 )
 
 // Token.

@@ -74,6 +74,10 @@ type run struct {
 	rawLooked  bool
 	verified   *token.Claims // of the rule that is being judged
 	leaseEnd   time.Time     // of the relation of that rule
+	proven     posture       // of the policy, once judged
+	ruleProven posture       // of the rule that is being judged
+	facts      *Facts        // once asked for
+	factsAsked bool
 	user       []byte
 	object     []byte
 	sample     anomaly.Sample
@@ -103,6 +107,7 @@ func (r *run) release() {
 	r.check = token.Check{}
 	r.raw, r.rawReason, r.rawLooked = nil, flow.ReasonOK, false
 	r.verified, r.leaseEnd = nil, time.Time{}
+	r.proven, r.ruleProven, r.facts, r.factsAsked = posture{}, posture{}, nil, false
 	clear(r.matches.Rules)
 	clear(r.steps)
 	r.steps = r.steps[:0]
@@ -209,12 +214,6 @@ func (r *run) identity(required bool) bool {
 	return true
 }
 
-// posture holds by itself: the loader refuses policies that ask for one.
-func (r *run) posture() bool {
-	r.step(flow.StagePosture, flow.ReasonOK, "none asked for", "")
-	return true
-}
-
 func (r *run) governance() bool {
 	if r.src == nil {
 		r.step(flow.StageGovernance, flow.ReasonOK, "anonymous", "")
@@ -231,8 +230,10 @@ func (r *run) governance() bool {
 func (r *run) grant(m *compile.Match) {
 	d := r.d
 	if m == nil {
+		r.until(r.proven.until)
 		return
 	}
+	r.until(r.ruleProven.until)
 	d.Template = m.Template
 	r.until(r.leaseEnd)
 	if c := r.verified; c != nil {

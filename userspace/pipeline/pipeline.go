@@ -34,6 +34,11 @@ type Options struct {
 	Tokens    *token.Verifier
 	Relations *relation.Engine
 	Anomalies *anomaly.Scorer
+	// Posture returns what is known of a caller's node and program, nil for
+	// nothing. It is called for each request of a policy that asks for a
+	// posture, must not block, and what it returns is never changed. nil: no
+	// fact is known.
+	Posture func(req *flow.Request, src *compile.Identity) *Facts
 	// Revoked is told what an anomaly threshold revoked, so that it can be
 	// kept beyond this process. It is called rarely and must not block. May
 	// be nil.

@@ -58,6 +58,10 @@ func (r *run) rules() (*compile.Match, bool) {
 		r.name(best)
 		r.conclude(farthest)
 	case r.api.OtherwiseAllow:
+		if f := r.policyPosture(""); f.reason != flow.ReasonOK {
+			r.conclude(f)
+			return nil, false
+		}
 		r.step(flow.StagePolicy, flow.ReasonOK, "otherwise: allow", "")
 		return nil, true
 	case req.Peer.ID == "":
@@ -107,11 +111,16 @@ type finding struct {
 	detail string
 }
 
-// satisfied asks a rule's token, relation and condition, in this order.
+// satisfied asks a rule's posture, token, relation and condition, in this order.
 func (r *run) satisfied(m *compile.Match) finding {
 	rule := m.Rule
 	r.verified, r.leaseEnd = nil, time.Time{}
 	r.activation.Token, r.activation.Match = nil, m
+	if !rule.Deny {
+		if f := r.rulePosture(rule); f.reason != flow.ReasonOK {
+			return f
+		}
+	}
 	if rule.Token != nil {
 		if f := r.token(rule); f.reason != flow.ReasonOK {
 			return f
