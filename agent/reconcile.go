@@ -159,10 +159,11 @@ func (a *Agent) followIssuers(plan *compile.Plan) {
 	a.health.Check("key-sources", metrics.Degraded, a.keys.SetSources(sources), "see the TokenIssuer documents")
 }
 
-// recognised returns an identity as the recogniser wants it.
+// recognised returns an identity as the recogniser wants it. Pods are not
+// recognised: the plan says so of each identity that selects some.
 func recognised(id *compile.Identity) (workload.Identity, bool) {
 	s := id.Selector
-	if s == nil {
+	if s == nil || s.Kubernetes != nil {
 		return workload.Identity{}, false
 	}
 	w := workload.Identity{Name: id.FullName(), Unit: s.SystemdUnit, Path: s.CgroupPath, Binary: s.ProcessBinary, Endpoints: id.Endpoints}

@@ -212,6 +212,12 @@ func selectorText(s *compile.Selector) string {
 		return ""
 	}
 	var lines []string
+	if k := s.Kubernetes; k != nil {
+		lines = append(lines, "kubernetes.serviceAccount="+k.ServiceAccount)
+		for _, name := range slices.Sorted(maps.Keys(k.Labels)) {
+			lines = append(lines, "kubernetes.labels."+name+"="+k.Labels[name])
+		}
+	}
 	if s.SystemdUnit != "" {
 		lines = append(lines, "systemd.unit="+s.SystemdUnit)
 	}

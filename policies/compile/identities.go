@@ -87,6 +87,11 @@ func (c *compiler) spiffeID(id *Identity, d *identityDoc) {
 		id.ID = explicit
 		return
 	}
+	if s := id.Selector; s != nil && s.Kubernetes != nil {
+		// The same on every node of the cluster.
+		id.ID = "spiffe://" + c.trustDomain + "/ns/" + id.Namespace + "/sa/" + s.Kubernetes.ServiceAccount
+		return
+	}
 	id.Derived = true
 	tail := "ns/" + id.Namespace + "/" + id.Name
 	if s := id.Selector; s != nil && s.SystemdUnit != "" {
@@ -194,9 +199,20 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 		}
 	}
 	key := d.Key("spec", "select")
+	var places []string
+	for _, p := range [...]struct {
+		name string
+		set  bool
+	}{{"kubernetes", s.Kubernetes != nil}, {"systemd", s.Systemd != nil}, {"cgroup", s.Cgroup != nil}} {
+		if p.set {
+			places = append(places, p.name)
+		}
+	}
 	switch {
-	case s.Systemd != nil && s.Cgroup != nil:
-		c.report.Errorf(key, "select: systemd and cgroup both name a cgroup; keep one")
+	case len(places) > 1:
+		c.report.Errorf(key, "select: %s each name the workload's cgroup; keep one", strings.Join(places, " and "))
+	case s.Kubernetes != nil:
+		c.kubernetes(id, d, out)
 	case s.Systemd != nil:
 		out.SystemdUnit = s.Systemd.Unit
 		c.unit(d, s.Systemd.Unit)
@@ -207,10 +223,10 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 			c.report.Errorf(d.At("spec", "select", "cgroup", "path"), "path: %q is not a clean absolute path beneath the cgroup root", p)
 		}
 	case s.UID != nil || s.Process != nil:
-		c.report.Errorf(key, "select: uid and process only narrow a systemd unit or a cgroup down; add one")
+		c.report.Errorf(key, "select: uid and process only narrow a service account, a systemd unit or a cgroup down; add one")
 	case !d.Empty("spec", "select"): // what is there was reported
 	default:
-		c.report.Errorf(key, "select: empty would match every workload; name a systemd unit or a cgroup")
+		c.report.Errorf(key, "select: empty would match every workload; write \"all: true\" if you mean it")
 	}
 	id.Selector = out
 }
@@ -250,6 +266,7 @@ func (c *compiler) checkSelectors(docs map[*Identity]*identityDoc) {
 			places[p] = append(places[p], id)
 		}
 	}
+	c.checkPods(docs)
 	for _, id := range c.plan.identities {
 		own := id.Selector.place()
 		for p := own; p != "" && p != "/" && p != "."; p = path.Dir(p) {

@@ -97,7 +97,8 @@ func (p *Plan) API(id *Identity, port uint16) *API { return p.byPort[apiKey{id, 
 // Identity is a compiled MachineIdentity.
 type Identity struct {
 	Namespace, Name string
-	// ID is its SPIFFE ID; a derived one holds this node's name.
+	// ID is its SPIFFE ID; a derived one holds this node's name. That of a
+	// service account is derived from it, and the same on every node.
 	ID      string
 	Derived bool
 	Owner   string
@@ -131,8 +132,9 @@ func (i *Identity) MayCallIdentity(dst *Identity) bool {
 func (i *Identity) Expired(now time.Time) bool { return !i.Expires.IsZero() && !now.Before(i.Expires) }
 
 // Selector says how the kernel recognises a workload; every field that is
-// set must match. SystemdUnit or CgroupPath is always set, never both.
+// set must match. Exactly one of Kubernetes, SystemdUnit and CgroupPath is set.
 type Selector struct {
+	Kubernetes    *Kubernetes
 	SystemdUnit   string // full unit name, of the system manager
 	CgroupPath    string // clean and absolute beneath the cgroup root, the cgroup and what is beneath it
 	UID           uint32

@@ -360,7 +360,7 @@ func (c *compiler) token(a *API, r *ruleSource) {
 	if t.BoundTo == "mtls" {
 		r.Token.Bound = BoundMTLS
 		if a.MTLS == MTLSOff {
-			c.report.Errorf(r.doc.At("spec", "mtls"), `mtls: "off" with token.boundTo: mtls in rule %q can never be satisfied`, r.Name)
+			c.report.Errorf(r.doc.At("spec", "mtls"), `mtls: "off" with token.boundTo: mtls can never be satisfied`)
 		}
 	}
 }

@@ -11,7 +11,6 @@ import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 var unsupported = map[string]bool{
 	"MachineIdentitySpec.tokens": true,
 	"Selector.all":               true,
-	"Selector.kubernetes":        true,
 	"ProcessSelector.digest":     true,
 	"Egress.host":                true,
 	"Egress.tls":                 true,

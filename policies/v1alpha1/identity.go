@@ -5,7 +5,8 @@ package v1alpha1
 // MachineIdentitySpec is what a MachineIdentity says.
 type MachineIdentitySpec struct {
 	// SpiffeID is the workload's name. Absent, it is derived: for a systemd
-	// unit spiffe://TRUSTDOMAIN/node/NODE/unit/UNIT, for the rest
+	// unit spiffe://TRUSTDOMAIN/node/NODE/unit/UNIT, for a service account
+	// spiffe://TRUSTDOMAIN/ns/NAMESPACE/sa/ACCOUNT, for the rest
 	// spiffe://TRUSTDOMAIN/node/NODE/ns/NAMESPACE/NAME.
 	SpiffeID string `json:"spiffeID"`
 	// Owner is whom to ask: a team's address. Required.
