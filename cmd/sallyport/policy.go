@@ -3,9 +3,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -38,15 +40,30 @@ func newValidate() *cobra.Command {
 	out := addFormat(c)
 	trustDomain := c.Flags().String("trust-domain", defaults.TrustDomain, "trust domain that IDs must be of")
 	node := c.Flags().String("node", defaults.Node, "node name in derived IDs")
+	tenant := c.Flags().String("tenant", "", "hold the documents to what a tenant of the cluster with this namespace may say")
+	contexts := c.Flags().StringSlice("context", nil, "with --tenant: a directory or file with what else the cluster has")
+	hosts := c.Flags().StringSlice("allow-url-host", nil, "with --tenant: a host that URLs may name, HOST or HOST:PORT")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if len(args) == 0 {
 			args = []string{defaults.PolicyDir}
+		}
+		if *tenant == "" && (len(*contexts) > 0 || len(*hosts) > 0) {
+			return errors.New("--context and --allow-url-host go with --tenant")
 		}
 		files, problems, err := readPolicies(args)
 		if err != nil {
 			return err
 		}
-		plan, built := compile.Build(files, compile.Options{TrustDomain: *trustDomain, Node: *node})
+		opt := compile.Options{TrustDomain: *trustDomain, Node: *node}
+		if *tenant != "" {
+			known, more, err := readContext(*contexts)
+			if err != nil {
+				return err
+			}
+			files, problems = append(files, known...), append(problems, more...)
+			opt.Tenant = &compile.Tenancy{Namespace: *tenant, Hosts: *hosts, Context: func(file string) bool { return strings.HasPrefix(file, contextMark) }}
+		}
+		plan, built := compile.Build(files, opt)
 		problems = load.Sort(append(problems, built...))
 		if out.json {
 			list := []problemJSON{}
@@ -71,6 +88,26 @@ func newValidate() *cobra.Command {
 	}
 	return c
 }
+
+// readContext reads like readPolicies; the files keep the directory in their
+// names, so that they are none of the tenant's.
+func readContext(args []string) (files []load.File, problems []load.Problem, err error) {
+	for _, a := range args {
+		found, p, err := readPolicies([]string{a})
+		if err != nil {
+			return nil, nil, err
+		}
+		for i := range found {
+			found[i].Path = contextMark + filepath.Join(filepath.Dir(a+"/"), filepath.Base(found[i].Path))
+		}
+		files, problems = append(files, found...), append(problems, p...)
+	}
+	return files, problems, nil
+}
+
+// contextMark begins the names of files that are not the tenant's; a file of
+// a directory cannot have it, for names with a slash are not listed.
+const contextMark = "context:/"
 
 // readPolicies reads directories as the agent does, and single files.
 func readPolicies(args []string) (files []load.File, problems []load.Problem, err error) {

@@ -24,6 +24,9 @@ type Options struct {
 	TrustDomain string
 	// Node is the node's name, which derived IDs hold; "localhost" if empty.
 	Node string
+	// Tenant holds the documents to what a tenant of a cluster may say; nil
+	// for those of the node's own directory, which may say anything.
+	Tenant *Tenancy
 	// Now tells which identities have expired; time.Now if nil.
 	Now func() time.Time
 }
@@ -67,6 +70,7 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c.compileTuples()
 	c.compilePostures()
 	c.compilePolicies()
+	c.compileTenancy(opt.Tenant)
 	if set.Failed || c.report.Failed() {
 		return nil, c.report.Problems()
 	}

@@ -56,7 +56,12 @@ func TestErrors(t *testing.T) {
 			if strings.HasPrefix(name, "grpc-") {
 				liftGRPC(t)
 			}
-			plan, problems := Build([]load.File{base, file}, testOptions())
+			opt := testOptions()
+			if strings.HasPrefix(name, "tenant-") {
+				opt.Tenant = &Tenancy{Namespace: "shop", Hosts: []string{"sso.shop.example", "10.0.0.1", "localhost"},
+					Context: func(file string) bool { return file == base.Path }}
+			}
+			plan, problems := Build([]load.File{base, file}, opt)
 			var b strings.Builder
 			for _, p := range problems {
 				if p.File == "f.yaml" && (p.Line == 0 || p.Column == 0) {

@@ -82,8 +82,8 @@ func (c *compiler) api(d *policyDoc) *API {
 
 // servesAt warns of ports at which nobody finds the identity.
 func (c *compiler) servesAt(a *API, d *policyDoc) {
-	if a.Identity == nil {
-		return
+	if a.Identity == nil || a.Identity.Selector != nil && a.Identity.Selector.Kubernetes != nil {
+		return // the endpoints of pods are filled from them
 	}
 	for i, port := range d.Value.Spec.Protect.Ports {
 		serves := func(e netip.AddrPort) bool { return e.Port() == port }

@@ -359,11 +359,13 @@ func (c *compiler) token(a *API, r *ruleSource) {
 	}
 	if t.BoundTo == "mtls" {
 		r.Token.Bound = BoundMTLS
-		if a.MTLS == MTLSOff {
+		if a.MTLS == MTLSOff && !slices.ContainsFunc(a.Rules, (*Rule).boundToMTLS) { // said once
 			c.report.Errorf(r.doc.At("spec", "mtls"), `mtls: "off" with token.boundTo: mtls can never be satisfied`)
 		}
 	}
 }
+
+func (r *Rule) boundToMTLS() bool { return r.Token != nil && r.Token.Bound == BoundMTLS }
 
 func (c *compiler) relation(a *API, r *ruleSource) {
 	s := r.spec.Relation

@@ -58,7 +58,7 @@ spec:
 // places.
 func TestSampleMessages(t *testing.T) {
 	want := []string{
-		`payments.yaml:40:9: unknown field "scope" (did you mean "scopes"?)`,
+		`payments.yaml:41:9: unknown field "scope" (did you mean "scopes"?)`,
 		`payments.yaml:27:9: mode: "enforced" is not one of observe, audit, enforce`,
 		`payments.yaml:34:14: from: no MachineIdentity "chekout" in namespace shop (did you mean "checkout"?)`,
 		`payments.yaml:35:13: when: undeclared reference to 'tokn' (did you mean 'token'?)`,

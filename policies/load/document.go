@@ -89,6 +89,9 @@ func (d *Document) node(path []any) *yaml.Node {
 	return n
 }
 
+// File returns the document's file.
+func (d *Document) File() string { return d.source.file }
+
 // Dir returns the folder of the document's file.
 func (d *Document) Dir() string { return filepath.Dir(d.source.file) }
 
