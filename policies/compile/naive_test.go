@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -386,7 +387,7 @@ func TestPlanAgainstDocuments(t *testing.T) {
 	for seed := range uint64(policies) {
 		differ(t, seed, calls, seen)
 	}
-	for _, what := range []string{"allowed", "refused", "rules", "grpc", "posture", "opaque", "may_call", "otherwise"} {
+	for _, what := range []string{"allowed", "refused", "rules", "grpc", "posture", "opaque", "may_call", "otherwise", "idle"} {
 		if seen[what] < calls {
 			t.Errorf("%s: %d calls only: the calls do not meet the policies", what, seen[what])
 		}
@@ -413,6 +414,8 @@ func differ(t *testing.T, seed uint64, calls int, seen map[string]int) {
 	if p := plan.APIs()[0].Posture; (p == nil) != (n.policy.Posture == "") || p != nil && p.FullName() != in(n.namespace, n.policy.Posture) {
 		t.Fatalf("seed %d: posture %v of %q", seed, p, n.policy.Posture)
 	}
+	idle := n.without(more)
+	seen["idle"] += len(idle)
 	for range calls {
 		c := randomCall(r)
 		want := n.judge(c)
@@ -427,8 +430,31 @@ func differ(t *testing.T, seed uint64, calls int, seen map[string]int) {
 		if got.refusal != want.refusal || got.allowed != want.allowed || !slices.Equal(got.rules, want.rules) || t.Failed() {
 			t.Fatalf("seed %d, %+v:\n got  %+v\n want %+v\n%s", seed, c, got, want, text)
 		}
+		for name, without := range idle {
+			if j := without.judge(c); j.allowed != want.allowed {
+				t.Fatalf("seed %d, %+v: without rule %s, said to have no effect, allowed is %v\n%s", seed, c, name, j.allowed, text)
+			}
+		}
 		count(seen, c, want)
 	}
+}
+
+var hasNoEffect = regexp.MustCompile(`^rule "(\w+)" (?:never allows|has no effect|says the same)`)
+
+// without returns the documents less each rule that is said to have no
+// effect, by its name.
+func (n *naive) without(problems []load.Problem) map[string]*naive {
+	out := map[string]*naive{}
+	for _, p := range problems {
+		m := hasNoEffect.FindStringSubmatch(p.Message)
+		if m == nil {
+			continue
+		}
+		policy := *n.policy
+		policy.Rules = slices.DeleteFunc(slices.Clone(policy.Rules), func(r v1alpha1.Rule) bool { return r.Name == m[1] })
+		out[m[1]] = &naive{&policy, n.namespace, n.identities}
+	}
+	return out
 }
 
 func count(seen map[string]int, c call, j judgement) {

@@ -48,6 +48,7 @@ func (c *compiler) rules(a *API, d *policyDoc) {
 		a.Rules = append(a.Rules, r.Rule)
 	}
 	c.layOut(a, sources)
+	c.shadows(sources)
 	a.decide(sources)
 	a.Headers = headersOf(sources)
 }

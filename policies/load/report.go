@@ -4,11 +4,11 @@ package load
 
 import "fmt"
 
-// Report collects problems, the first thousand of them.
+// Report collects problems, the first thousand errors and the first thousand
+// warnings.
 type Report struct {
 	problems []Problem
-	dropped  int
-	errors   bool
+	counts   [2]int // by severity, with those that were dropped
 }
 
 const (
@@ -18,7 +18,6 @@ const (
 
 // Errorf adds an error.
 func (r *Report) Errorf(p Position, format string, args ...any) {
-	r.errors = true
 	r.add(Problem{Position: p, Severity: Error, Message: fmt.Sprintf(format, args...)})
 }
 
@@ -28,8 +27,7 @@ func (r *Report) Warnf(p Position, format string, args ...any) {
 }
 
 func (r *Report) add(p Problem) {
-	if len(r.problems) >= maxProblems {
-		r.dropped++
+	if r.counts[p.Severity]++; r.counts[p.Severity] > maxProblems {
 		return
 	}
 	r.problems = append(r.problems, p)
@@ -48,13 +46,15 @@ func (r *Report) Suggest(name string, candidates []string) string {
 func (r *Report) Suggests() bool { return len(r.problems) < maxSuggestions }
 
 // Failed says whether there was an error.
-func (r *Report) Failed() bool { return r.errors }
+func (r *Report) Failed() bool { return r.counts[Error] > 0 }
 
 // Problems returns what was collected, in order of place.
 func (r *Report) Problems() []Problem {
 	out := Sort(r.problems)
-	if r.dropped > 0 {
-		out = append(out, Problem{Severity: Error, Message: fmt.Sprintf("%d more problems are not shown", r.dropped)})
+	for s, n := range r.counts {
+		if n > maxProblems {
+			out = append(out, Problem{Severity: Severity(s), Message: fmt.Sprintf("%d more problems are not shown", n-maxProblems)})
+		}
 	}
 	return out
 }
