@@ -99,7 +99,8 @@ type Agent struct {
 	// mu serialises reconcile, and guards what it works on.
 	mu         sync.Mutex
 	in         inputs
-	applied    *compile.Plan // what the last reconcile brought into force
+	applied    *compile.Plan  // what the last reconcile brought into force
+	wanted     datapath.State // what it wanted the kernel to hold
 	namespaces map[uint64]*namespace
 	ambiguous  map[string]bool // health problems raised for ambiguous workloads
 	foreign    map[string]bool // and for others' listeners on protected ports

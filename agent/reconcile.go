@@ -5,6 +5,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/netip"
 	"path/filepath"
@@ -130,9 +131,30 @@ func (a *Agent) bringInForce(v *view) error {
 	if a.applied != v.plan {
 		a.followIssuers(v.plan)
 	}
-	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.dp.Apply(a.state(v)), a.adopt(v), a.sweepLive(v))
+	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.applyState(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.applied = v.plan
 	return errors.Join(errs...)
+}
+
+// maxShownChanges bounds how many changes of the kernel's state one reconcile
+// logs.
+const maxShownChanges = 100
+
+// applyState brings the kernel in line with the state, also where that is the
+// one of before: something else may have changed it meanwhile.
+func (a *Agent) applyState(s datapath.State) error {
+	if a.log.Enabled(a.current, slog.LevelDebug) {
+		changes := a.wanted.Diff(s)
+		for i, c := range changes {
+			if i == maxShownChanges {
+				a.log.Debug("more kernel state changes", "count", len(changes)-i)
+				break
+			}
+			a.log.Debug("kernel state changes", "change", c.String())
+		}
+	}
+	a.wanted = s
+	return a.dp.Apply(s)
 }
 
 // planChanged tells those who follow the plan and not the view.

@@ -29,7 +29,7 @@ const (
 	MaxFileBytes = 1 << 20
 	MaxSetBytes  = 16 << 20
 	MaxFiles     = 10_000
-	MaxDocuments = 10_000
+	MaxDocuments = 25_000
 	MaxTuples    = 100_000
 )
 

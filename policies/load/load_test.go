@@ -66,9 +66,9 @@ func TestBounds(t *testing.T) {
 	for i := range many {
 		many[i].Path = fmt.Sprintf("f%05d.yaml", i)
 	}
-	var documents bytes.Buffer
+	var documents [3]bytes.Buffer
 	for i := range MaxDocuments + 5 {
-		fmt.Fprintf(&documents, "--- {apiVersion: sallyport.dev/v1alpha1, kind: RelationModel, metadata: {name: m%d}}\n", i)
+		fmt.Fprintf(&documents[i*3/(MaxDocuments+5)], "--- {apiVersion: sallyport.dev/v1alpha1, kind: RelationModel, metadata: {name: m%d}}\n", i)
 	}
 	deep := strings.Repeat("[", 100_000)
 	for _, c := range []struct {
@@ -79,7 +79,7 @@ func TestBounds(t *testing.T) {
 		{"file", []File{{"f.yaml", large}}, "f.yaml: the file is larger than 1 MiB\n"},
 		{"set", set, "f16.yaml: the set is larger than 16 MiB\n"},
 		{"files", many, "f10000.yaml: the set has more than 10000 files\n"},
-		{"documents", []File{{"f.yaml", documents.Bytes()}}, "f.yaml:10001:1: the set has more than 10000 documents\n"},
+		{"documents", []File{{"f0.yaml", documents[0].Bytes()}, {"f1.yaml", documents[1].Bytes()}, {"f2.yaml", documents[2].Bytes()}}, "f2.yaml:8331:1: the set has more than 25000 documents\n"},
 		{"twice", []File{{"f.yaml", nil}, {"f.yaml", nil}}, "f.yaml: the file is there twice\n"},
 		{"not UTF-8", []File{{"f.yaml", []byte("a: \xff")}}, "f.yaml: the file is not UTF-8\n"},
 		{"NUL", []File{{"f.yaml", []byte("a: \x00")}}, "f.yaml: the file holds a NUL character\n"},
