@@ -33,6 +33,7 @@ func FuzzBuild(f *testing.F) {
 	}
 	f.Add(example)
 	f.Add([]byte(wholeSet))
+	liftGRPC(f)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		plan, problems := Build([]load.File{{Path: "f.yaml", Content: data}}, testOptions())
 		if (plan == nil) != load.HasErrors(problems) {
@@ -42,6 +43,23 @@ func FuzzBuild(f *testing.F) {
 		for _, p := range problems {
 			if p.Message == "" || p.Line > lines || (p.Line == 0) != (p.Column == 0) {
 				t.Errorf("problem %q of %d lines", p, lines)
+			}
+		}
+		opt := testOptions()
+		opt.Tenant = &Tenancy{Namespace: "shop", Hosts: []string{"sso.shop.example"}}
+		if held, _ := Build([]load.File{{Path: "f.yaml", Content: data}}, opt); held != nil {
+			if plan == nil {
+				t.Fatal("a tenant may say what nobody may")
+			}
+			for _, id := range held.Identities() {
+				if id.Namespace != "shop" || id.Selector == nil || id.Selector.Kubernetes == nil || len(id.Endpoints) > 0 || !strings.Contains(id.ID, "/ns/shop/sa/") {
+					t.Errorf("a tenant's %+v", id)
+				}
+			}
+			for _, i := range held.Issuers() {
+				if i.JWKSFile != "" || i.JWKSURL != "" && !strings.HasPrefix(strings.ToLower(i.JWKSURL), "https://sso.shop.example") {
+					t.Errorf("a tenant's %+v", i)
+				}
 			}
 		}
 		if plan == nil {
