@@ -19,6 +19,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/line"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 	"github.com/sallyport-dev/sallyport/userspace/proxy"
 	"github.com/sallyport-dev/sallyport/userspace/relation"
 	"github.com/sallyport-dev/sallyport/userspace/token"
@@ -127,32 +128,14 @@ func firstError(problems []load.Problem) string {
 }
 
 func (p *process) setIssuers(plan *compile.Plan) error {
-	issuers := make([]token.Issuer, 0, len(plan.Issuers()))
-	for _, i := range plan.Issuers() {
-		issuers = append(issuers, token.Issuer{
-			Name: i.FullName(), URL: i.URL, Algorithms: i.Algorithms, Audiences: i.Audiences,
-			Types: i.Types, MaxLifetime: i.MaxLifetime,
-		})
-	}
-	if err := p.tokens.SetIssuers(issuers); err != nil {
+	if err := p.tokens.SetIssuers(pipeline.Issuers(plan)); err != nil {
 		return fmt.Errorf("set token issuers: %w", err)
 	}
 	return nil
 }
 
 func (p *process) setModels(ctx context.Context, plan *compile.Plan) error {
-	models := make([]relation.Model, 0, len(plan.Models()))
-	wanted := map[string][]relation.Tuple{}
-	for _, m := range plan.Models() {
-		models = append(models, relation.Model{Name: m.FullName(), Text: m.Text})
-		wanted[m.FullName()] = nil
-	}
-	for _, t := range plan.Tuples() {
-		if t.Model != nil {
-			name := t.Model.FullName()
-			wanted[name] = append(wanted[name], relation.Tuple{User: t.User, Relation: t.Relation, Object: t.Object})
-		}
-	}
+	models, wanted := pipeline.Models(plan)
 	if len(models) == 0 {
 		// Without a RelationModel there is still the built-in one, so that
 		// `sallyport relation` has something to work on.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -20,6 +21,8 @@ import (
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/policies/load"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/relation"
+	"github.com/sallyport-dev/sallyport/userspace/trial"
 )
 
 const top = "../.."
@@ -173,6 +176,58 @@ func TestDocsPolicies(t *testing.T) {
 	}
 	if plan == nil || len(plan.APIs()) == 0 {
 		t.Fatal("no policies")
+	}
+}
+
+// TestDocsPolicyTests runs the test of docs/testing-policies.md against the
+// policies of docs/policies.md, and wants a row for each of its fields.
+func TestDocsPolicyTests(t *testing.T) {
+	if !relation.Built {
+		t.Skip("built without the relation engine")
+	}
+	var files []load.File
+	for _, m := range fenced.FindAllStringSubmatch(read(t, "docs/policies.md"), -1) {
+		if name, ok := strings.CutPrefix(m[1], "yaml "); ok {
+			files = append(files, load.File{Path: name, Content: []byte(m[2])})
+		}
+	}
+	plan, problems := compile.Build(files, compile.Options{})
+	if plan == nil {
+		t.Fatal(problems)
+	}
+	tr, err := trial.New(t.Context(), plan, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tr.Close()
+	const name = "docs/testing-policies.md"
+	page := read(t, name)
+	ran := 0
+	for _, m := range fenced.FindAllStringSubmatch(page, -1) {
+		file, ok := strings.CutPrefix(m[1], "yaml ")
+		if !ok {
+			continue
+		}
+		tests, problems := tr.Tests(load.File{Path: file, Content: []byte(m[2])})
+		for _, p := range problems {
+			t.Error(p)
+		}
+		for _, one := range tests {
+			ran++
+			if r, err := tr.Run(t.Context(), one); err != nil || r.Differs != "" {
+				t.Errorf("%s: %s, %v: %+v", one.Name, r.Differs, err, r.Outcome.Decision)
+			}
+		}
+	}
+	if ran == 0 {
+		t.Error("no case")
+	}
+	for _, source := range []string{"call.go", "suite.go", "posture.go"} {
+		for _, m := range regexp.MustCompile("`json:\"([^\"]+)\"").FindAllStringSubmatch(read(t, "userspace/trial/"+source), -1) {
+			if !regexp.MustCompile("\\b" + m[1] + "\\b").MatchString(page) {
+				t.Errorf("%s does not name the field %s", name, m[1])
+			}
+		}
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 
 func newPolicy() *cobra.Command {
 	c := &cobra.Command{Use: "policy", Short: "Work with policy files"}
-	c.AddCommand(newValidate())
+	c.AddCommand(newValidate(), newPolicyTest())
 	return c
 }
 

@@ -98,6 +98,12 @@ type Rule struct {
 	Name     string
 	Position load.Position
 	Deny     bool
+	// From are its callers, nil for anybody. Hosts, in lower case, and Calls,
+	// "METHOD /path/{name}" or package.Service/Method as written, are what
+	// may be asked for; nil for anything.
+	From     []*Identity
+	Hosts    []string
+	Calls    []string
 	Token    *TokenRule // nil: no token is asked for
 	Relation *Relation  // nil: no relation
 	When     *Condition // nil: no condition

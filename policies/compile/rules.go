@@ -170,6 +170,7 @@ func (c *compiler) rule(a *API, d *policyDoc, i int) *ruleSource {
 	c.relation(a, r)
 	c.condition(a, r)
 	c.posture(a, r)
+	r.Rule.From, r.Rule.Hosts, r.Calls = r.from, r.hosts, slices.Concat(spec.HTTP, spec.GRPC)
 	return r
 }
 

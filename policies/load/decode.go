@@ -56,7 +56,7 @@ func (d *decoder) inspect(n *yaml.Node, depth int) bool {
 
 // field is what the tags of a struct field say.
 type field struct {
-	index    int
+	index    []int // as reflect.Value.FieldByIndex takes it
 	name     string
 	owner    string // type's name
 	oneof    []string
@@ -67,7 +67,14 @@ func fieldsOf(t reflect.Type) []field {
 	out := make([]field, 0, t.NumField())
 	for i := range t.NumField() {
 		f := t.Field(i)
-		e := field{index: i, name: f.Tag.Get("json"), owner: t.Name(), required: f.Tag.Get("required") == "true"}
+		if f.Anonymous { // its fields are the struct's own
+			for _, e := range fieldsOf(f.Type) {
+				e.index = append([]int{i}, e.index...)
+				out = append(out, e)
+			}
+			continue
+		}
+		e := field{index: []int{i}, name: f.Tag.Get("json"), owner: t.Name(), required: f.Tag.Get("required") == "true"}
 		if words := f.Tag.Get("oneof"); words != "" {
 			e.oneof = strings.Split(words, "|")
 		}
@@ -98,7 +105,7 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value, key *yaml.Node, name st
 			d.errorf(k, "%s %s", k.Value, notSupported)
 			continue
 		}
-		d.value(value, v.Field(f.index), k, f)
+		d.value(value, v.FieldByIndex(f.index), k, f)
 	}
 	for i := range fields {
 		if f := &fields[i]; f.required && seen[f.name] == nil {

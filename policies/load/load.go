@@ -140,24 +140,7 @@ type loader struct {
 
 func (l *loader) file(f File) {
 	kind := fileKind(f.Path)
-	if kind == testFile {
-		return
-	}
-	start := Position{File: f.Path}
-	switch {
-	case len(f.Content) > MaxFileBytes:
-		l.report.Errorf(start, "the file is larger than %d MiB", MaxFileBytes>>20)
-		return
-	case !utf8.Valid(f.Content):
-		l.report.Errorf(start, "the file is not UTF-8")
-		return
-	case bytes.IndexByte(f.Content, 0) >= 0:
-		l.report.Errorf(start, "the file holds a NUL character")
-		return
-	}
-	if line := oddBreak(f.Content); line > 0 && kind != textFile {
-		l.report.Errorf(Position{File: f.Path, Line: line, Column: 1}, "the line holds a line break that editors do not show as one (CR, NEL, LS or PS)")
-		l.set.Incomplete = true
+	if kind == testFile || !l.readable(f, kind) {
 		return
 	}
 	if kind == textFile {
@@ -177,6 +160,48 @@ func (l *loader) file(f File) {
 			}
 		}
 	}
+}
+
+// readable says whether a file is text of a bearable size.
+func (l *loader) readable(f File, kind kindOfFile) bool {
+	start := Position{File: f.Path}
+	switch {
+	case len(f.Content) > MaxFileBytes:
+		l.report.Errorf(start, "the file is larger than %d MiB", MaxFileBytes>>20)
+		return false
+	case !utf8.Valid(f.Content):
+		l.report.Errorf(start, "the file is not UTF-8")
+		return false
+	case bytes.IndexByte(f.Content, 0) >= 0:
+		l.report.Errorf(start, "the file holds a NUL character")
+		return false
+	}
+	if line := oddBreak(f.Content); line > 0 && kind != textFile {
+		l.report.Errorf(Position{File: f.Path, Line: line, Column: 1}, "the line holds a line break that editors do not show as one (CR, NEL, LS or PS)")
+		l.set.Incomplete = true
+		return false
+	}
+	return true
+}
+
+// Documents decodes the documents of a file that is none of a policy set, as
+// strictly as those. T says what its fields are by the tags of v1alpha1; what
+// names a document in an error.
+func Documents[T any](f File, what string) ([]*Doc[T], []Problem) {
+	l := &loader{set: &Set{}}
+	if !l.readable(f, documentsFile) {
+		return nil, l.report.Problems()
+	}
+	var docs []*Doc[T]
+	for _, part := range split(f) {
+		d := &decoder{&part.source, &l.report}
+		for _, root := range l.parse(part) {
+			doc := &Doc[T]{Document: Document{Kind: what, root: root, source: d.source}}
+			d.mapping(root, reflect.ValueOf(&doc.Value).Elem(), nil, what)
+			docs = append(docs, doc)
+		}
+	}
+	return docs, l.report.Problems()
 }
 
 // oddBreak returns the first line in which YAML sees a line break that is

@@ -256,8 +256,8 @@ func TestEveryFieldCanBeDecoded(t *testing.T) {
 			for _, word := range f.oneof {
 				delete(left, typ.Name()+"."+f.name+"="+word)
 			}
-			walk(typ.Field(f.index).Type)
-			kind := typ.Field(f.index).Type
+			walk(typ.FieldByIndex(f.index).Type)
+			kind := typ.FieldByIndex(f.index).Type
 			for kind.Kind() == reflect.Pointer || kind.Kind() == reflect.Slice || kind.Kind() == reflect.Map {
 				kind = kind.Elem()
 			}

@@ -24,10 +24,16 @@ var ErrChanging = errors.New("the folder changes while it is read")
 // the folder, as ConfigMap volumes need it, and never out of it; what is not
 // a regular file of at most MaxFileBytes is a problem. The files are of one
 // moment, or the error is ErrChanging.
-func ReadDir(dir string) ([]File, []Problem, error) {
+func ReadDir(dir string) ([]File, []Problem, error) { return readDir(dir, IsPolicyFile) }
+
+// ReadTests reads the tests of a folder (*_test.yaml, *_test.yml), otherwise
+// as ReadDir does its policies.
+func ReadTests(dir string) ([]File, []Problem, error) { return readDir(dir, IsTestFile) }
+
+func readDir(dir string, wanted func(name string) bool) ([]File, []Problem, error) {
 	const attempts = 5
 	for range attempts {
-		files, problems, same, err := readOnce(dir)
+		files, problems, same, err := readOnce(dir, wanted)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -38,13 +44,13 @@ func ReadDir(dir string) ([]File, []Problem, error) {
 	return nil, nil, fmt.Errorf("read %s: %w", dir, ErrChanging)
 }
 
-func readOnce(dir string) (files []File, problems []Problem, same bool, err error) {
+func readOnce(dir string, wanted func(string) bool) (files []File, problems []Problem, same bool, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, nil, false, fmt.Errorf("open policy folder: %w", err)
 	}
 	defer root.Close()
-	before, err := snapshot(root)
+	before, err := snapshot(root, wanted)
 	if err != nil {
 		return nil, nil, false, err
 	}
@@ -65,7 +71,7 @@ func readOnce(dir string) (files []File, problems []Problem, same bool, err erro
 		}
 		files = append(files, File{Path: s.name, Content: content})
 	}
-	after, err := snapshot(root)
+	after, err := snapshot(root, wanted)
 	if err != nil {
 		return nil, nil, false, err
 	}
@@ -85,7 +91,7 @@ type stamp struct {
 	unreachable bool
 }
 
-func snapshot(root *os.Root) ([]stamp, error) {
+func snapshot(root *os.Root, wanted func(string) bool) ([]stamp, error) {
 	d, err := root.Open(".")
 	if err != nil {
 		return nil, fmt.Errorf("open policy folder: %w", err)
@@ -100,7 +106,7 @@ func snapshot(root *os.Root) ([]stamp, error) {
 	}
 	var out []stamp
 	for _, name := range names {
-		if !IsPolicyFile(name) {
+		if !wanted(name) {
 			continue
 		}
 		s := stamp{name: name}
@@ -131,6 +137,11 @@ func IsPolicyFile(name string) bool {
 	}
 	ext := filepath.Ext(name)
 	return ext == ".yaml" || ext == ".yml"
+}
+
+// IsTestFile says whether ReadTests reads a file of that name.
+func IsTestFile(name string) bool {
+	return !strings.HasPrefix(filepath.Base(name), ".") && fileKind(name) == testFile
 }
 
 func readFile(root *os.Root, name string) ([]byte, error) {

@@ -39,7 +39,7 @@ func (v *Verifier) key(i *issuer, keys *keySet, id string, now time.Time) (*key,
 // RefreshInterval, which also is how long an unknown kid stays unknown
 // without a fetch. It returns the refusal's error.
 func (v *Verifier) refresh(i *issuer, refusal error) error {
-	now := time.Now()
+	now := v.opt.Now()
 	i.mu.Lock()
 	ask := i.asked.IsZero() || now.Sub(i.asked) >= RefreshInterval
 	if ask {

@@ -63,7 +63,8 @@ type Options struct {
 	// CacheEntries and CacheBytes bound the cache; 0: 32768 and 64 MiB.
 	CacheEntries int
 	CacheBytes   int64
-	Log          *slog.Logger // nil: none
+	Log          *slog.Logger     // nil: none
+	Now          func() time.Time // nil: time.Now
 }
 
 // RefreshInterval is the least time between two requests for an issuer's keys.
@@ -98,6 +99,9 @@ type issuer struct {
 func New(opt Options) *Verifier {
 	if opt.Refresh == nil {
 		opt.Refresh = func(string) {}
+	}
+	if opt.Now == nil {
+		opt.Now = time.Now
 	}
 	v := &Verifier{opt: opt, log: opt.Log}
 	if v.log == nil {
@@ -237,7 +241,7 @@ func (v *Verifier) SetKeys(name string, document []byte, fetched time.Time) erro
 		return fmt.Errorf("set keys of token issuer %q: there is none of that name", name)
 	}
 	defer i.answered()
-	if now := time.Now(); fetched.After(now) {
+	if now := v.opt.Now(); fetched.After(now) {
 		fetched = now
 	}
 	set, err := parseKeySet(document)
@@ -307,7 +311,7 @@ type Check struct {
 	// Thumbprints are the SHA-256 digests of the certificates that prove a
 	// bound token on this connection (flow.Peer.Thumbprints).
 	Thumbprints [][sha256.Size]byte
-	Now         time.Time // zero: time.Now()
+	Now         time.Time // zero: the verifier's own clock
 }
 
 // Verify judges a token. It returns the claims and flow.ReasonOK, or nil, why
@@ -327,7 +331,7 @@ func (v *Verifier) Verify(raw []byte, c *Check) (*Claims, flow.Reason, error) {
 	}
 	now := c.Now
 	if now.IsZero() {
-		now = time.Now()
+		now = v.opt.Now()
 	}
 	keys := i.keys.Load()
 	sum := sha256.Sum256(raw)
