@@ -82,7 +82,7 @@ func anchors(text string) map[string]bool {
 
 func TestDocsLinks(t *testing.T) {
 	all := pages(t)
-	for _, must := range []string{"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reasons.md", "docs/policies.md", "docs/operations.md"} {
+	for _, must := range []string{"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/reasons/README.md", "docs/reasons/no_rule.md", "docs/policies.md", "docs/operations.md"} {
 		if !slices.Contains(all, must) {
 			t.Errorf("%s is missing", must)
 		}
@@ -111,7 +111,9 @@ func TestDocsLinks(t *testing.T) {
 
 var (
 	reasonConst = regexp.MustCompile(`\bReason = "([^"]+)"`)
-	reasonRow   = regexp.MustCompile("(?m)^\\| <a id=\"([a-z0-9_]+)\"></a>`([a-z0-9_]+)` \\| (\\d+|-) \\| [^|]+ \\| ([^|]|\\\\\\|)+ \\| ")
+	reasonRow   = regexp.MustCompile("(?m)^\\| \\[`([a-z0-9_]+)`\\]\\(([a-z0-9_]+)\\.md\\) \\| (\\d+|-) \\| (?:[^|]|\\\\\\|)+ \\|$")
+	reasonPage  = regexp.MustCompile("^# `([a-z0-9_]+)`\n\n[^\n]+\n\n\\| HTTP \\| decided by \\|\n\\|---\\|---\\|\n\\| (\\d+|-) \\| [^|]+ \\|\n\n")
+	reasonTold  = regexp.MustCompile("(?m)^\\| anybody else \\| [^:]+: ([^.]+)\\.")
 )
 
 func TestDocsReasons(t *testing.T) {
@@ -132,28 +134,60 @@ func TestDocsReasons(t *testing.T) {
 	if len(codes) < 50 {
 		t.Fatalf("%d reason codes found: they are written otherwise now", len(codes))
 	}
-	const page = "docs/reasons.md"
-	if !strings.HasSuffix(flow.ReasonsURL, "/"+page+"#") {
-		t.Errorf("ReasonsURL %s does not lead to %s", flow.ReasonsURL, page)
+	const dir = "docs/reasons/"
+	if !strings.HasSuffix(flow.ReasonsURL, "/"+dir) {
+		t.Errorf("ReasonsURL %s does not lead to %s", flow.ReasonsURL, dir)
 	}
-	explained := map[string]bool{}
-	for _, m := range reasonRow.FindAllStringSubmatch(read(t, page), -1) {
+	index := read(t, dir+"README.md")
+	rows := map[string]string{}
+	for _, m := range reasonRow.FindAllStringSubmatch(index, -1) {
 		code, status := m[1], m[3]
 		switch {
 		case m[2] != code:
-			t.Errorf("%s: anchor %s stands before %s", page, code, m[2])
-		case explained[code]:
-			t.Errorf("%s: %s is there twice", page, code)
+			t.Errorf("%s: %s leads to %s", dir, code, m[2])
+		case rows[code] != "":
+			t.Errorf("%s: %s is there twice", dir, code)
 		case !codes[code]:
-			t.Errorf("%s: no reason has the code %s", page, code)
+			t.Errorf("%s: no reason has the code %s", dir, code)
 		case status != "-" && status != fmt.Sprint(flow.Reason(code).Status()):
-			t.Errorf("%s: %s has status %d, not %s", page, code, flow.Reason(code).Status(), status)
+			t.Errorf("%s: %s has status %d, not %s", dir, code, flow.Reason(code).Status(), status)
 		}
-		explained[code] = true
+		rows[code] = status
 	}
+	var told []string
 	for code := range codes {
-		if !explained[code] {
-			t.Errorf("%s: %s has no row", page, code)
+		if rows[code] == "" {
+			t.Errorf("%s: %s has no row", dir, code)
+		}
+		if flow.Reason(code).Told(false) != flow.ReasonOK {
+			told = append(told, "`"+code+"`")
+		}
+		page := code + flow.ReasonsSuffix
+		m := reasonPage.FindStringSubmatch(read(t, dir+page))
+		switch {
+		case m == nil:
+			t.Errorf("%s: not in the form of the others", page)
+		case m[1] != code || m[2] != rows[code]:
+			t.Errorf("%s: speaks of %s with status %s, not %s", page, m[1], m[2], rows[code])
+		}
+	}
+	m := reasonTold.FindStringSubmatch(index)
+	if m == nil {
+		t.Fatalf("%s does not say what strangers learn", dir)
+	}
+	said := strings.Split(m[1], ", ")
+	slices.Sort(said)
+	slices.Sort(told)
+	if !slices.Equal(said, told) {
+		t.Errorf("%s: strangers learn %s, not %s", dir, told, said)
+	}
+	pages, err := filepath.Glob(filepath.Join(top, dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pages {
+		if code := strings.TrimSuffix(filepath.Base(p), flow.ReasonsSuffix); code != "README" && !codes[code] {
+			t.Errorf("%s%s: no reason has that code", dir, filepath.Base(p))
 		}
 	}
 }

@@ -3,12 +3,15 @@
 package flow
 
 // Reason is the code of why a request or a connection was refused. It is
-// what a denial, the decision log, a metric's label and docs/reasons.md share.
+// what a denial, the decision log, a metric's label and docs/reasons share.
 type Reason string
 
-// ReasonsURL followed by a code is where it is explained: the type of a
-// problem document (RFC 9457, section 3.1.1).
-const ReasonsURL = "https://github.com/sallyport-dev/sallyport/blob/main/docs/reasons.md#"
+// ReasonsURL, a code and ReasonsSuffix lead to the code's page: the type of
+// a problem document (RFC 9457, section 3.1.1).
+const (
+	ReasonsURL    = "https://github.com/sallyport-dev/sallyport/blob/main/docs/reasons/"
+	ReasonsSuffix = ".md"
+)
 
 // ReasonOK is the reason of what was not refused.
 const ReasonOK Reason = ""
@@ -170,6 +173,25 @@ func (r Reason) Status() int {
 		return 503
 	}
 	return 403
+}
+
+// Told is the code that a refused caller learns, ReasonOK where it learns
+// none. A caller that has proven who it is learns every code; a stranger
+// only what is about the request that it sent itself and that it can mend:
+// whether a key, a scope or a relation exists is not for it to find out.
+func (r Reason) Told(proven bool) Reason {
+	if proven {
+		return r
+	}
+	switch r {
+	case ReasonNoIdentity, ReasonMTLSRequired,
+		ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenPlace,
+		ReasonTokenScope, ReasonStepUp,
+		ReasonMalformed, ReasonTooLarge, ReasonTarget, ReasonHeaderAmbiguous, ReasonUpgrade, ReasonNotHTTP, ReasonTimeout,
+		ReasonThrottled:
+		return r
+	}
+	return ReasonOK
 }
 
 // Public is the text that a refused caller sees: enough to know what to

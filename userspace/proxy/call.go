@@ -392,7 +392,7 @@ const (
 // says whether the connection can go on.
 func (c *call) deny(whole bool) bool {
 	keep := whole && !c.head.Close && !c.ending()
-	b := appendDenial(c.scratch[:0], &c.d, text(c.id[:]), c.req.Method == "HEAD", keep)
+	b := appendDenial(c.scratch[:0], c.d.Reason, c.proven(), text(c.id[:]), c.req.Method == "HEAD", keep)
 	c.scratch = b
 	if _, err := c.client.Write(b); err != nil {
 		return false
@@ -424,17 +424,21 @@ func (c *call) linger() {
 	}
 }
 
+// proven says that the caller is not a stranger: the kernel knows its
+// identity, or a certificate or another node proved it.
+func (c *call) proven() bool { return c.peer.ID != "" || c.peer.Number != 0 }
+
 // appendDenial appends the answer to a refused request: RFC 9457, with the
 // challenge of RFC 6750 and RFC 9470 where a token would mend it. It says
-// nothing about policies.
-func appendDenial(b []byte, d *flow.Decision, id string, head, keep bool) []byte {
-	status := d.Reason.Status()
+// nothing about policies, and to a stranger not even every reason.
+func appendDenial(b []byte, reason flow.Reason, proven bool, id string, head, keep bool) []byte {
+	status := reason.Status()
 	title := http.StatusText(status)
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(append(append(b, ' '), title...), "\r\nContent-Type: application/problem+json\r\nCache-Control: no-store\r\nX-Sallyport-Request-Id: "...)
 	b = append(append(b, id...), "\r\n"...)
-	if challenge := challengeOf(d.Reason, status); challenge != "" {
+	if challenge := challengeOf(reason, status); challenge != "" {
 		b = append(append(append(b, "WWW-Authenticate: Bearer"...), challenge...), "\r\n"...)
 	}
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
@@ -445,8 +449,12 @@ func appendDenial(b []byte, d *flow.Decision, id string, head, keep bool) []byte
 	}
 	var number [3]byte
 	n := strconv.AppendInt(number[:0], int64(status), 10)
-	parts := [...]string{`{"type":"` + flow.ReasonsURL, string(d.Reason), `","title":"`, title, `","status":`, text(n),
-		`,"detail":"`, d.Reason.Public(), `","instance":"urn:sallyport:request:`, id, `","reason":"`, string(d.Reason), `","requestID":"`, id, "\"}\n"}
+	about, suffix, member, told := `{"type":"`+flow.ReasonsURL, flow.ReasonsSuffix+`","title":"`, `","reason":"`, string(reason.Told(proven))
+	if told == "" {
+		about, suffix, member = `{"type":"about:blank`, `","title":"`, ""
+	}
+	parts := [...]string{about, told, suffix, title, `","status":`, text(n),
+		`,"detail":"`, reason.Public(), `","instance":"urn:sallyport:request:`, id, member, told, `","requestID":"`, id, "\"}\n"}
 	length := 0
 	for _, p := range parts {
 		length += len(p)

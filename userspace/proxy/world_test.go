@@ -511,8 +511,14 @@ func problem(t testing.TB, resp *http.Response) (reason flow.Reason, id string) 
 	if err := json.Unmarshal(b, &doc); err != nil {
 		t.Fatalf("%v: %q", err, b)
 	}
-	if resp.Header.Get("Content-Type") != "application/problem+json" || doc.Status != resp.StatusCode || doc.Reason.Status() != doc.Status ||
-		len(doc.RequestID) != pipeline.IDLength || doc.RequestID != resp.Header.Get("X-Sallyport-Request-Id") {
+	about := "about:blank"
+	if doc.Reason != flow.ReasonOK {
+		about = flow.ReasonsURL + string(doc.Reason) + flow.ReasonsSuffix
+	}
+	if resp.Header.Get("Content-Type") != "application/problem+json" || resp.Header.Get("Cache-Control") != "no-store" ||
+		doc.Status != resp.StatusCode || doc.Reason != flow.ReasonOK && doc.Reason.Status() != doc.Status || doc.Type != about ||
+		len(doc.RequestID) != pipeline.IDLength || doc.RequestID != resp.Header.Get("X-Sallyport-Request-Id") ||
+		doc.Instance != "urn:sallyport:request:"+doc.RequestID {
 		t.Errorf("problem document %s with status %d, header %v", b, resp.StatusCode, resp.Header)
 	}
 	return doc.Reason, doc.RequestID
