@@ -113,7 +113,7 @@ var (
 	reasonConst = regexp.MustCompile(`\bReason = "([^"]+)"`)
 	reasonRow   = regexp.MustCompile("(?m)^\\| \\[`([a-z0-9_]+)`\\]\\(([a-z0-9_]+)\\.md\\) \\| (\\d+|-) \\| (?:[^|]|\\\\\\|)+ \\|$")
 	reasonPage  = regexp.MustCompile("^# `([a-z0-9_]+)`\n\n[^\n]+\n\n\\| HTTP \\| decided by \\|\n\\|---\\|---\\|\n\\| (\\d+|-) \\| [^|]+ \\|\n\n")
-	reasonTold  = regexp.MustCompile("(?m)^\\| anybody else \\| [^:]+: ([^.]+)\\.")
+	reasonTold  = regexp.MustCompile(`(?m)^\| anybody else \| [^:]+: ([^.]+)\.`)
 )
 
 func TestDocsReasons(t *testing.T) {
