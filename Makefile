@@ -73,7 +73,7 @@ vmtest: ## the tests of the kernel half in virtual machines, a kernel each (Debi
 	@for k in $(KERNELS); do go test -count=1 -timeout 20m ./vmtests -kernel $$k || failed=1; done; [ -z "$${failed:-}" ]
 
 generate: ## BPF objects and generated Go (clang, protoc)
-	go generate ./bpf/... ./userspace/... ./agent/...
+	go generate ./bpf/... ./userspace/... ./agent/... ./policies/...
 
 clean: ## what was built
 	rm -rf bin out

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,7 +19,7 @@ import (
 
 func newPolicy() *cobra.Command {
 	c := &cobra.Command{Use: "policy", Short: "Work with policy files"}
-	c.AddCommand(newValidate(), newPolicyTest())
+	c.AddCommand(newValidate(), newPolicyTest(), newPolicySchema(), newPolicyExplain())
 	return c
 }
 
@@ -29,13 +30,15 @@ type problemJSON struct {
 	Column   int    `json:"column"`
 	Severity string `json:"severity"`
 	Message  string `json:"message"`
+	// Suggestion is what to write in place of the wrong name.
+	Suggestion string `json:"suggestion,omitempty"`
 }
 
 func newValidate() *cobra.Command {
 	defaults := config.Defaults("node")
 	c := &cobra.Command{
-		Use: "validate [DIR|FILE...]", Short: "Check policies by the agent's own code, all problems at once; exit 1 if one is an error",
-		Long: "Check policies by the agent's own code, all problems at once; exit 1 if one is an error.\nWithout an argument: " + defaults.PolicyDir + ".",
+		Use: "validate [DIR|FILE|-...]", Short: "Check policies by the agent's own code, all problems at once; exit 1 if one is an error",
+		Long: "Check policies by the agent's own code, all problems at once; exit 1 if one is an error.\nWithout an argument: " + defaults.PolicyDir + "; - is standard input.",
 	}
 	out := addFormat(c)
 	trustDomain := c.Flags().String("trust-domain", defaults.TrustDomain, "trust domain that IDs must be of")
@@ -50,13 +53,13 @@ func newValidate() *cobra.Command {
 		if *tenant == "" && (len(*contexts) > 0 || len(*hosts) > 0) {
 			return errors.New("--context and --allow-url-host go with --tenant")
 		}
-		files, problems, err := readPolicies(args)
+		files, problems, err := readPolicies(c.InOrStdin(), args)
 		if err != nil {
 			return err
 		}
 		opt := compile.Options{TrustDomain: *trustDomain, Node: *node}
 		if *tenant != "" {
-			known, more, err := readContext(*contexts)
+			known, more, err := readContext(c.InOrStdin(), *contexts)
 			if err != nil {
 				return err
 			}
@@ -68,7 +71,7 @@ func newValidate() *cobra.Command {
 		if out.json {
 			list := []problemJSON{}
 			for _, p := range problems {
-				list = append(list, problemJSON{p.File, p.Line, p.Column, p.Severity.String(), p.Message})
+				list = append(list, problemJSON{p.File, p.Line, p.Column, p.Severity.String(), p.Message, p.Suggestion})
 			}
 			if err := writeJSON(c.OutOrStdout(), list); err != nil {
 				return err
@@ -91,9 +94,9 @@ func newValidate() *cobra.Command {
 
 // readContext reads like readPolicies; the files keep the directory in their
 // names, so that they are none of the tenant's.
-func readContext(args []string) (files []load.File, problems []load.Problem, err error) {
+func readContext(stdin io.Reader, args []string) (files []load.File, problems []load.Problem, err error) {
 	for _, a := range args {
-		found, p, err := readPolicies([]string{a})
+		found, p, err := readPolicies(stdin, []string{a})
 		if err != nil {
 			return nil, nil, err
 		}
@@ -109,9 +112,18 @@ func readContext(args []string) (files []load.File, problems []load.Problem, err
 // a directory cannot have it, for names with a slash are not listed.
 const contextMark = "context:/"
 
-// readPolicies reads directories as the agent does, and single files.
-func readPolicies(args []string) (files []load.File, problems []load.Problem, err error) {
+// readPolicies reads directories as the agent does, single files, and
+// standard input, whose name is -.
+func readPolicies(stdin io.Reader, args []string) (files []load.File, problems []load.Problem, err error) {
 	for _, a := range args {
+		if a == "-" {
+			content, err := io.ReadAll(io.LimitReader(stdin, load.MaxFileBytes+1))
+			if err != nil {
+				return nil, nil, fmt.Errorf("read policies: %w", err)
+			}
+			files = append(files, load.File{Path: "-", Content: content})
+			continue
+		}
 		info, err := os.Stat(a)
 		if err != nil {
 			return nil, nil, fmt.Errorf("read policies: %w", err)

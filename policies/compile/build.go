@@ -4,7 +4,6 @@ package compile
 
 import (
 	"cmp"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -133,10 +132,10 @@ func (c *compiler) dangling(pos load.Position, field string, kind reference, nam
 		return
 	}
 	hint := c.report.Suggest(ref, c.names[kind][namespace])
-	if hint == "" && c.report.Suggests() {
+	if hint.Name == "" && c.report.Suggests() {
 		for _, full := range c.names[kind][""] {
 			if _, name, _ := strings.Cut(full, "/"); name == ref {
-				hint = fmt.Sprintf(" (did you mean %q?)", full)
+				hint = load.Perhaps(full)
 				break
 			}
 		}

@@ -227,6 +227,7 @@ var conditionEnv = sync.OnceValues(func() (*cel.Env, error) {
 type exprError struct {
 	line, column int
 	message      string
+	hint         load.Hint // which the message has already
 }
 
 // compileCondition compiles an expression.
@@ -348,18 +349,19 @@ func celError(text string, line, column int, message string) exprError {
 	}
 	rest, ok := strings.CutPrefix(message, "undeclared reference to '")
 	if !ok {
-		return exprError{line, column, strings.Join(strings.Fields(message), " ")}
+		return exprError{line: line, column: column, message: strings.Join(strings.Fields(message), " ")}
 	}
 	// CEL points at the last dot of a qualified name.
 	name, _, _ := strings.Cut(rest, "'")
 	if i := strings.LastIndexByte(name, '.'); i >= 0 && endsAt(text, line, column, name[:i]) {
 		column -= len(name[:i])
 	}
-	return exprError{line, column, undeclared(name)}
+	text, hint := undeclared(name)
+	return exprError{line, column, text, hint}
 }
 
 // undeclared says what is wrong with a name that CEL does not know.
-func undeclared(name string) string {
+func undeclared(name string) (string, load.Hint) {
 	first, field, _ := strings.Cut(name, ".")
 	var fields, firsts []string
 	for v := range conditionVariables {
@@ -372,12 +374,14 @@ func undeclared(name string) string {
 	slices.Sort(fields)
 	switch {
 	case len(fields) == 0:
-		return fmt.Sprintf("undeclared reference to '%s'%s", first, load.DidYouMean(first, firsts, "'"))
+		hint := load.DidYouMean(first, firsts, "'")
+		return fmt.Sprintf("undeclared reference to '%s'%s", first, hint), hint
 	case field == "":
-		return fmt.Sprintf("'%s' has to be followed by one of .%s", name, strings.Join(fields, ", ."))
+		return fmt.Sprintf("'%s' has to be followed by one of .%s", name, strings.Join(fields, ", .")), load.Hint{}
 	}
 	field, _, _ = strings.Cut(field, ".")
-	return fmt.Sprintf("'%s' has no field '%s'%s; it has %s", first, field, load.DidYouMean(field, fields, "'"), strings.Join(fields, ", "))
+	hint := load.DidYouMean(field, fields, "'")
+	return fmt.Sprintf("'%s' has no field '%s'%s; it has %s", first, field, hint, strings.Join(fields, ", ")), hint
 }
 
 // endsAt says whether s stands before that place.

@@ -458,7 +458,7 @@ func (c *compiler) condition(a *API, r *ruleSource) {
 		c.conditions[text] = known
 	}
 	for _, e := range known.errors {
-		c.report.Errorf(r.doc.Within(e.line, e.column, "spec", "rules", r.index, "when"), "when: %s", e.message)
+		c.report.ErrorHint(r.doc.Within(e.line, e.column, "spec", "rules", r.index, "when"), "when: "+e.message, e.hint)
 	}
 	if r.When = known.condition; r.When == nil {
 		return

@@ -12,12 +12,13 @@ import (
 	"unicode"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/sallyport-dev/sallyport/policies/schema"
 )
 
 // Bounds of a document.
 const (
 	maxDepth     = 32
-	maxList      = 10_000
 	maxString    = 256 << 10
 	maxShownText = 80
 )
@@ -54,42 +55,13 @@ func (d *decoder) inspect(n *yaml.Node, depth int) bool {
 	return ok
 }
 
-// field is what the tags of a struct field say.
-type field struct {
-	index    []int // as reflect.Value.FieldByIndex takes it
-	name     string
-	owner    string // type's name
-	oneof    []string
-	required bool
-}
-
-func fieldsOf(t reflect.Type) []field {
-	out := make([]field, 0, t.NumField())
-	for i := range t.NumField() {
-		f := t.Field(i)
-		if f.Anonymous { // its fields are the struct's own
-			for _, e := range fieldsOf(f.Type) {
-				e.index = append([]int{i}, e.index...)
-				out = append(out, e)
-			}
-			continue
-		}
-		e := field{index: []int{i}, name: f.Tag.Get("json"), owner: t.Name(), required: f.Tag.Get("required") == "true"}
-		if words := f.Tag.Get("oneof"); words != "" {
-			e.oneof = strings.Split(words, "|")
-		}
-		out = append(out, e)
-	}
-	return out
-}
-
 // mapping decodes a mapping into a struct, leaving out the keys in skip.
 func (d *decoder) mapping(n *yaml.Node, v reflect.Value, key *yaml.Node, name string, skip ...string) {
 	if n.Kind != yaml.MappingNode {
 		d.errorf(n, "%s: want fields, got %s", name, describe(n))
 		return
 	}
-	fields := fieldsOf(v.Type())
+	fields := schema.Fields(v.Type())
 	seen := d.keys(n)
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		k, value := n.Content[i], n.Content[i+1]
@@ -101,18 +73,18 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value, key *yaml.Node, name st
 			d.unknown(k, fields)
 			continue
 		}
-		if refused(f.owner + "." + f.name) {
-			d.errorf(k, "%s %s", k.Value, notSupported)
+		if schema.Refused(f.Owner, f.Name) {
+			d.errorf(k, "%s %s", k.Value, schema.NotSupported)
 			continue
 		}
-		d.value(value, v.FieldByIndex(f.index), k, f)
+		d.value(value, v.FieldByIndex(f.Index), k, f)
 	}
 	for i := range fields {
-		if f := &fields[i]; f.required && seen[f.name] == nil {
+		if f := &fields[i]; f.Required && seen[f.Name] == nil {
 			if key == nil {
 				key = n
 			}
-			d.errorf(key, "%s is missing", f.name)
+			d.errorf(key, "%s is missing", f.Name)
 		}
 	}
 }
@@ -136,18 +108,18 @@ func (d *decoder) keys(n *yaml.Node) map[string]*yaml.Node {
 	return seen
 }
 
-func (d *decoder) unknown(k *yaml.Node, fields []field) {
+func (d *decoder) unknown(k *yaml.Node, fields []schema.Field) {
 	names := make([]string, len(fields))
 	for i := range fields {
-		names[i] = fields[i].name
+		names[i] = fields[i].Name
 	}
 	d.errorf(k, "unknown field %q%s", shown(k.Value), d.report.Suggest(k.Value, names))
 }
 
 // value decodes a field's value.
-func (d *decoder) value(n *yaml.Node, v reflect.Value, key *yaml.Node, f *field) {
+func (d *decoder) value(n *yaml.Node, v reflect.Value, key *yaml.Node, f *schema.Field) {
 	if n.Kind == yaml.ScalarNode && n.Tag == "!!null" {
-		d.errorf(key, "%s has no value", f.name)
+		d.errorf(key, "%s has no value", f.Name)
 		return
 	}
 	if v.Kind() == reflect.Pointer {
@@ -160,7 +132,7 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, key *yaml.Node, f *field)
 	}
 	switch v.Kind() {
 	case reflect.Struct:
-		d.mapping(n, v, key, f.name)
+		d.mapping(n, v, key, f.Name)
 	case reflect.Slice:
 		d.list(n, v, key, f)
 	case reflect.Map:
@@ -170,28 +142,28 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, key *yaml.Node, f *field)
 	}
 }
 
-func (d *decoder) text(n *yaml.Node, u encoding.TextUnmarshaler, f *field) {
+func (d *decoder) text(n *yaml.Node, u encoding.TextUnmarshaler, f *schema.Field) {
 	if !d.plain(n, f) {
 		return
 	}
 	if err := u.UnmarshalText([]byte(n.Value)); err != nil {
-		d.errorf(n, "%s: %v", f.name, err)
+		d.errorf(n, "%s: %v", f.Name, err)
 	}
 }
 
-func (d *decoder) list(n *yaml.Node, v reflect.Value, key *yaml.Node, f *field) {
+func (d *decoder) list(n *yaml.Node, v reflect.Value, key *yaml.Node, f *schema.Field) {
 	switch {
 	case n.Kind != yaml.SequenceNode:
-		d.errorf(n, "%s: want a list, got %s", f.name, describe(n))
+		d.errorf(n, "%s: want a list, got %s", f.Name, describe(n))
 		return
-	case len(n.Content) == 0 && f.name == "from":
+	case len(n.Content) == 0 && f.Name == "from":
 		d.errorf(key, `from: an empty list would match no caller or every one; write "all: true" if you mean every one`)
 		return
 	case len(n.Content) == 0:
-		d.errorf(key, "%s: an empty list says nothing; leave the field out or fill it", f.name)
+		d.errorf(key, "%s: an empty list says nothing; leave the field out or fill it", f.Name)
 		return
-	case len(n.Content) > maxList:
-		d.errorf(n, "%s: a list may have %d entries, this one has %d", f.name, maxList, len(n.Content))
+	case len(n.Content) > schema.MaxList:
+		d.errorf(n, "%s: a list may have %d entries, this one has %d", f.Name, schema.MaxList, len(n.Content))
 		return
 	}
 	out := reflect.MakeSlice(v.Type(), len(n.Content), len(n.Content))
@@ -202,9 +174,9 @@ func (d *decoder) list(n *yaml.Node, v reflect.Value, key *yaml.Node, f *field) 
 }
 
 // dictionary decodes a map of strings, or of anything.
-func (d *decoder) dictionary(n *yaml.Node, v reflect.Value, f *field) {
+func (d *decoder) dictionary(n *yaml.Node, v reflect.Value, f *schema.Field) {
 	if n.Kind != yaml.MappingNode {
-		d.errorf(n, "%s: want fields, got %s", f.name, describe(n))
+		d.errorf(n, "%s: want fields, got %s", f.Name, describe(n))
 		return
 	}
 	seen := d.keys(n)
@@ -220,7 +192,7 @@ func (d *decoder) dictionary(n *yaml.Node, v reflect.Value, f *field) {
 				item.Set(reflect.ValueOf(x))
 			}
 		} else {
-			d.value(value, item, k, &field{name: f.name + "." + shown(k.Value)})
+			d.value(value, item, k, &schema.Field{Name: f.Name + "." + shown(k.Value)})
 		}
 		out.SetMapIndex(reflect.ValueOf(k.Value), item)
 	}
@@ -229,7 +201,7 @@ func (d *decoder) dictionary(n *yaml.Node, v reflect.Value, f *field) {
 
 // any decodes a value as JSON has it: strings, integers, booleans, lists
 // and objects.
-func (d *decoder) any(n *yaml.Node, f *field) any {
+func (d *decoder) any(n *yaml.Node, f *schema.Field) any {
 	switch n.Kind {
 	case yaml.MappingNode:
 		out := make(map[string]any)
@@ -264,9 +236,9 @@ func (d *decoder) any(n *yaml.Node, f *field) any {
 	return s
 }
 
-func (d *decoder) scalar(n *yaml.Node, v reflect.Value, f *field) {
+func (d *decoder) scalar(n *yaml.Node, v reflect.Value, f *schema.Field) {
 	if n.Kind != yaml.ScalarNode {
-		d.errorf(n, "%s: want %s, got %s", f.name, wanted(v.Kind()), describe(n))
+		d.errorf(n, "%s: want %s, got %s", f.Name, wanted(v.Kind()), describe(n))
 		return
 	}
 	if !d.plain(n, f) {
@@ -275,28 +247,28 @@ func (d *decoder) scalar(n *yaml.Node, v reflect.Value, f *field) {
 	switch v.Kind() {
 	case reflect.String:
 		if n.Tag != "!!str" {
-			d.errorf(n, "%s: want a text, got %s; put it in quotes", f.name, describe(n))
+			d.errorf(n, "%s: want a text, got %s; put it in quotes", f.Name, describe(n))
 			return
 		}
 		v.SetString(n.Value)
 		d.oneof(n, f)
 	case reflect.Bool:
 		if n.Tag != "!!bool" {
-			d.errorf(n, "%s: want true or false, got %s", f.name, describe(n))
+			d.errorf(n, "%s: want true or false, got %s", f.Name, describe(n))
 			return
 		}
 		v.SetBool(n.Value[0] == 't' || n.Value[0] == 'T')
 	case reflect.Uint16, reflect.Uint32:
 		u, err := strconv.ParseUint(n.Value, 10, v.Type().Bits())
 		if n.Tag != "!!int" || err != nil || strconv.FormatUint(u, 10) != n.Value {
-			d.errorf(n, "%s: want a whole number from 0 to %d, got %s", f.name, uint64(1)<<v.Type().Bits()-1, describe(n))
+			d.errorf(n, "%s: want a whole number from 0 to %d, got %s", f.Name, uint64(1)<<v.Type().Bits()-1, describe(n))
 			return
 		}
 		v.SetUint(u)
 	case reflect.Int64:
 		i, err := strconv.ParseInt(n.Value, 10, 64)
 		if n.Tag != "!!int" || err != nil {
-			d.errorf(n, "%s: want a whole number, got %s", f.name, describe(n))
+			d.errorf(n, "%s: want a whole number, got %s", f.Name, describe(n))
 			return
 		}
 		v.SetInt(i)
@@ -307,39 +279,39 @@ func (d *decoder) scalar(n *yaml.Node, v reflect.Value, f *field) {
 
 // plain refuses the words that YAML 1.1 readers take for booleans, control
 // characters and texts over the bound.
-func (d *decoder) plain(n *yaml.Node, f *field) bool {
+func (d *decoder) plain(n *yaml.Node, f *schema.Field) bool {
 	if n.Style == 0 && n.Tag == "!!str" {
 		switch strings.ToLower(n.Value) {
 		case "yes", "no", "on", "off":
-			d.errorf(n, "%s: %s without quotes is a boolean to many YAML readers; write %q", f.name, n.Value, n.Value)
+			d.errorf(n, "%s: %s without quotes is a boolean to many YAML readers; write %q", f.Name, n.Value, n.Value)
 			return false
 		}
 	}
 	if len(n.Value) > maxString {
-		d.errorf(n, "%s: a text may have %d bytes, this one has %d", f.name, maxString, len(n.Value))
+		d.errorf(n, "%s: a text may have %d bytes, this one has %d", f.Name, maxString, len(n.Value))
 		return false
 	}
 	if i := strings.IndexFunc(n.Value, func(r rune) bool { return unicode.IsControl(r) && r != '\n' && r != '\t' }); i >= 0 {
-		d.errorf(n, "%s: holds a control character", f.name)
+		d.errorf(n, "%s: holds a control character", f.Name)
 		return false
 	}
 	return true
 }
 
-func (d *decoder) oneof(n *yaml.Node, f *field) {
-	if refused(f.owner + "." + f.name + "=" + n.Value) {
-		d.errorf(n, "%s: %q %s", f.name, n.Value, notSupported)
+func (d *decoder) oneof(n *yaml.Node, f *schema.Field) {
+	if schema.RefusedWord(f.Owner, f.Name, n.Value) {
+		d.errorf(n, "%s: %q %s", f.Name, n.Value, schema.NotSupported)
 		return
 	}
-	if len(f.oneof) == 0 || slices.Contains(f.oneof, n.Value) {
+	if len(f.Words) == 0 || slices.Contains(f.Words, n.Value) {
 		return
 	}
-	d.errorf(n, "%s: %q is not one of %s", f.name, shown(n.Value), strings.Join(f.oneof, ", "))
+	d.errorf(n, "%s: %q is not one of %s", f.Name, shown(n.Value), strings.Join(f.Words, ", "))
 }
 
-func lookup(fields []field, name string) *field {
+func lookup(fields []schema.Field, name string) *schema.Field {
 	for i := range fields {
-		if fields[i].name == name {
+		if fields[i].Name == name {
 			return &fields[i]
 		}
 	}

@@ -21,6 +21,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/sallyport-dev/sallyport/policies/schema"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 )
 
@@ -317,11 +318,6 @@ func (l *loader) syntax(p *part, err error) {
 	l.report.Errorf(pos, "YAML: %s", strings.ToValidUTF8(message, "?"))
 }
 
-var kinds = []string{
-	v1alpha1.KindMachineIdentity, v1alpha1.KindTokenIssuer, v1alpha1.KindRelationModel, v1alpha1.KindAPIPolicy,
-	v1alpha1.KindPostureProfile,
-}
-
 // document decodes one policy document.
 func (l *loader) document(p *part, root *yaml.Node) {
 	d := &decoder{&p.source, &l.report}
@@ -337,8 +333,6 @@ func (l *loader) document(p *part, root *yaml.Node) {
 	switch {
 	case kind == nil:
 		d.errorf(root, "kind is missing")
-	case refused(kind.Value):
-		d.errorf(kind, "kind: %s %s", kind.Value, notSupported)
 	case kind.Value == v1alpha1.KindMachineIdentity:
 		decodeDocument(l, d, root, kind.Value, &l.set.Identities, func(v *v1alpha1.MachineIdentity) v1alpha1.Metadata { return v.Metadata })
 	case kind.Value == v1alpha1.KindTokenIssuer:
@@ -352,7 +346,7 @@ func (l *loader) document(p *part, root *yaml.Node) {
 	case kind.Kind != yaml.ScalarNode:
 		d.errorf(key, "kind: want a text, got %s", describe(kind))
 	default:
-		d.errorf(kind, "kind: %q is not one of %s%s", shown(kind.Value), strings.Join(kinds, ", "), l.report.Suggest(kind.Value, kinds))
+		d.errorf(kind, "kind: %q is not one of %s%s", shown(kind.Value), strings.Join(schema.Kinds(), ", "), l.report.Suggest(kind.Value, schema.Kinds()))
 	}
 }
 
@@ -370,8 +364,8 @@ func (l *loader) apiVersion(d *decoder, root *yaml.Node) bool {
 }
 
 var (
-	nameForm      = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$`)
-	namespaceForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+	nameForm      = regexp.MustCompile(schema.NamePattern)
+	namespaceForm = regexp.MustCompile(schema.NamespacePattern)
 )
 
 func decodeDocument[T any](l *loader, d *decoder, root *yaml.Node, kind string, into *[]*Doc[T], meta func(*T) v1alpha1.Metadata) {

@@ -65,6 +65,9 @@ type Problem struct {
 	Position
 	Severity Severity `json:"severity"`
 	Message  string   `json:"message"`
+	// Suggestion is what was probably meant, "" where nothing is near: a name
+	// to write in place of the wrong one.
+	Suggestion string `json:"suggestion,omitempty"`
 }
 
 // String writes FILE:LINE:COLUMN: MESSAGE, a warning marked as one.
@@ -93,7 +96,7 @@ func Sort(problems []Problem) []Problem {
 		}
 		return cmp.Or(
 			cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column),
-			cmp.Compare(a.Severity, b.Severity), cmp.Compare(a.Message, b.Message))
+			cmp.Compare(a.Severity, b.Severity), cmp.Compare(a.Message, b.Message), cmp.Compare(a.Suggestion, b.Suggestion))
 	})
 	return slices.Compact(problems)
 }

@@ -16,14 +16,28 @@ const (
 	maxSuggestions = 50
 )
 
-// Errorf adds an error.
+// Errorf adds an error; a Hint among the arguments is its suggestion.
 func (r *Report) Errorf(p Position, format string, args ...any) {
-	r.add(Problem{Position: p, Severity: Error, Message: fmt.Sprintf(format, args...)})
+	r.add(Problem{Position: p, Severity: Error, Message: fmt.Sprintf(format, args...), Suggestion: suggestion(args)})
 }
 
 // Warnf adds a warning.
 func (r *Report) Warnf(p Position, format string, args ...any) {
-	r.add(Problem{Position: p, Severity: Warning, Message: fmt.Sprintf(format, args...)})
+	r.add(Problem{Position: p, Severity: Warning, Message: fmt.Sprintf(format, args...), Suggestion: suggestion(args)})
+}
+
+// ErrorHint adds an error whose text has the hint somewhere inside.
+func (r *Report) ErrorHint(p Position, message string, h Hint) {
+	r.add(Problem{Position: p, Severity: Error, Message: message, Suggestion: h.Name})
+}
+
+func suggestion(args []any) string {
+	for _, a := range args {
+		if h, ok := a.(Hint); ok {
+			return h.Name
+		}
+	}
+	return ""
 }
 
 func (r *Report) add(p Problem) {
@@ -35,9 +49,9 @@ func (r *Report) add(p Problem) {
 
 // Suggest is DidYouMean with double quotes, for the first problems: among
 // thousands nobody reads it, and it is what costs.
-func (r *Report) Suggest(name string, candidates []string) string {
+func (r *Report) Suggest(name string, candidates []string) Hint {
 	if !r.Suggests() {
-		return ""
+		return Hint{}
 	}
 	return DidYouMean(name, candidates, `"`)
 }

@@ -7,14 +7,25 @@ import (
 	"strings"
 )
 
-// DidYouMean returns ` (did you mean QxQ?)` for the candidate that is
-// nearest to a name, Q being the quote, and "" where none is near.
-func DidYouMean(name string, candidates []string, quote string) string {
-	if best := nearest(name, candidates); best != "" {
-		return " (did you mean " + quote + best + quote + "?)"
+// Hint is a name that may have been meant; the zero Hint is none.
+type Hint struct{ Name, quote string }
+
+// String writes ` (did you mean QxQ?)`, Q being the quote, and "" for none.
+func (h Hint) String() string {
+	if h.Name == "" {
+		return ""
 	}
-	return ""
+	return " (did you mean " + h.quote + h.Name + h.quote + "?)"
 }
+
+// DidYouMean returns the candidate that is nearest to a name, none where none
+// is near.
+func DidYouMean(name string, candidates []string, quote string) Hint {
+	return Hint{nearest(name, candidates), quote}
+}
+
+// Perhaps is the hint at one name.
+func Perhaps(name string) Hint { return Hint{name, `"`} }
 
 // nearest returns the candidate with the smallest edit distance, at most a
 // third of the name's length and at least 1; the alphabetically first of

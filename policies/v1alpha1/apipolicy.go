@@ -26,8 +26,9 @@ type APIPolicySpec struct {
 // Protect says what a policy protects.
 type Protect struct {
 	// Identity is the MachineIdentity that serves.
-	Identity string   `json:"identity" required:"true"`
-	Ports    []uint16 `json:"ports" required:"true"`
+	Identity string `json:"identity" required:"true"`
+	// Ports are the TCP ports that it serves at.
+	Ports []uint16 `json:"ports" required:"true"`
 	// Protocol is auto if absent.
 	Protocol string `json:"protocol" oneof:"auto|http|grpc|tcp|tls"`
 	App      *App   `json:"app"`
@@ -42,7 +43,8 @@ type App struct {
 	// Certificate and Key are absolute paths of PEM files that the agent
 	// reads and watches: what callers are shown.
 	Certificate string `json:"certificate"`
-	Key         string `json:"key"`
+	// Key is the certificate's private key; it is readable for root alone.
+	Key string `json:"key"`
 	// CA is the absolute path of a PEM file with what the application's
 	// certificate must lead to; for reencrypt.
 	CA string `json:"ca"`
@@ -56,7 +58,7 @@ type Rule struct {
 	// Effect is allow if absent.
 	Effect string `json:"effect" oneof:"allow|deny"`
 	// From names the callers' MachineIdentities, NAME or NAMESPACE/NAME. An
-	// allow rule has it or All; a deny rule without it denies anybody.
+	// allow rule has it or all; a deny rule without it denies anybody.
 	From []string `json:"from"`
 	// All says that any caller is meant, also one without an identity.
 	All bool `json:"all"`
@@ -83,9 +85,11 @@ type Rule struct {
 // Token says which access token a caller must show.
 type Token struct {
 	// Issuer is the TokenIssuer's name.
-	Issuer   string   `json:"issuer" required:"true"`
-	Audience string   `json:"audience" required:"true"`
-	Scopes   []string `json:"scopes"`
+	Issuer string `json:"issuer" required:"true"`
+	// Audience must be among the token's aud.
+	Audience string `json:"audience" required:"true"`
+	// Scopes must all be among those of the token; absent: none is asked for.
+	Scopes []string `json:"scopes"`
 	// BoundTo asks for a sender-constrained token: by certificate (RFC 8705),
 	// by DPoP (RFC 9449) or by HTTP message signature (RFC 9421).
 	BoundTo string `json:"boundTo" oneof:"mtls|dpop|signature"`
@@ -96,7 +100,7 @@ type Token struct {
 	MaxAge *Duration `json:"maxAge"`
 }
 
-// Relation is a relation that must hold; the bare string is Check.
+// Relation is a relation that must hold; the bare string is check.
 type Relation struct {
 	// Model is the RelationModel's name; absent where its namespace has one.
 	Model string `json:"model"`
@@ -129,7 +133,9 @@ type Anomaly struct {
 
 // Warmup is counted per endpoint.
 type Warmup struct {
-	Requests   *uint32 `json:"requests"`
+	// Requests is how many must have been learnt from; 1000 if absent.
+	Requests *uint32 `json:"requests"`
+	// Identities is of how many callers; 3 if absent.
 	Identities *uint32 `json:"identities"`
 }
 

@@ -27,9 +27,16 @@ const (
 // Metadata names a document. Labels and annotations are the operator's own;
 // nothing here reads them.
 type Metadata struct {
-	Name        string            `json:"name" required:"true"`
-	Namespace   string            `json:"namespace"`
-	Labels      map[string]string `json:"labels"`
+	// Name is unique in the namespace among the documents of its kind: at most
+	// 63 lower-case letters, digits, - and . with a letter or digit at both
+	// ends.
+	Name string `json:"name" required:"true"`
+	// Namespace is default if absent. A reference by name is to the same
+	// namespace.
+	Namespace string `json:"namespace"`
+	// Labels are the operator's own.
+	Labels map[string]string `json:"labels"`
+	// Annotations are the operator's own.
 	Annotations map[string]string `json:"annotations"`
 }
 

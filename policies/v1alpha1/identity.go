@@ -40,8 +40,9 @@ type Obtain struct {
 	// Issuer is the TokenIssuer's name; it needs a tokenURL.
 	Issuer string `json:"issuer" required:"true"`
 	// Audience is asked for as the resource (RFC 8707).
-	Audience string   `json:"audience" required:"true"`
-	Scopes   []string `json:"scopes"`
+	Audience string `json:"audience" required:"true"`
+	// Scopes are asked for; absent: what the issuer gives by itself.
+	Scopes []string `json:"scopes"`
 }
 
 // Selector says how the kernel recognises a workload.
@@ -86,14 +87,16 @@ type ProcessSelector struct {
 	Digest string `json:"digest"`
 }
 
-// Egress is a host or a range of addresses outside the mesh: Host or CIDR.
+// Egress is a host or a range of addresses outside the mesh: host or cidr.
 type Egress struct {
 	// Host is a name, without port.
-	Host  string   `json:"host"`
-	CIDR  string   `json:"cidr"`
+	Host string `json:"host"`
+	// CIDR is a range of addresses, 10.9.0.0/16 or 2001:db8::/32.
+	CIDR string `json:"cidr"`
+	// Ports are those that may be connected to there.
 	Ports []uint16 `json:"ports" required:"true"`
-	// TLS, with a host: verify asks for TLS to that name (SNI) at an address
-	// that proves the name by a certificate; any, the default, takes what is
-	// spoken to the addresses that the name resolves to.
+	// TLS, with a host, is how it is spoken to: verify asks for TLS to that
+	// name (SNI) at an address that proves the name by a certificate; any, the
+	// default, takes what is spoken to the addresses that the name resolves to.
 	TLS string `json:"tls" oneof:"verify|any"`
 }

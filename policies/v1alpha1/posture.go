@@ -21,7 +21,8 @@ type PostureProfileSpec struct {
 type NodePosture struct {
 	// TPMQuoteMaxAge is how old the last good quote may be.
 	TPMQuoteMaxAge *Duration `json:"tpmQuoteMaxAge"`
-	SecureBoot     bool      `json:"secureBoot"`
+	// SecureBoot says that it must have booted with secure boot on.
+	SecureBoot bool `json:"secureBoot"`
 	// Lockdown is the least kernel lockdown mode, kernel_lockdown(7).
 	Lockdown string `json:"lockdown" oneof:"integrity|confidentiality"`
 }
@@ -58,12 +59,15 @@ type Provenance struct {
 
 // SBOM says that the software's bill of materials must be known.
 type SBOM struct {
-	Required bool      `json:"required"`
-	MaxAge   *Duration `json:"maxAge"`
+	// Required says that a program without one does not suffice.
+	Required bool `json:"required"`
+	// MaxAge is how old it may be.
+	MaxAge *Duration `json:"maxAge"`
 }
 
 // Vulnerabilities say what is done about known ones from a severity on.
 type Vulnerabilities struct {
+	// Severity is the least that counts.
 	Severity string `json:"severity" required:"true" oneof:"low|medium|high|critical"`
 	// InLoadedModules counts those alone that are in what is loaded.
 	InLoadedModules bool `json:"inLoadedModules"`
@@ -72,10 +76,13 @@ type Vulnerabilities struct {
 	VEX string `json:"vex" oneof:"honor|ignore"`
 	// GraceAfterPublish is how long nothing is done.
 	GraceAfterPublish *Duration `json:"graceAfterPublish"`
-	Action            string    `json:"action" required:"true" oneof:"deny|warn"`
+	// Action is what happens where one is found; warn lets the call pass and
+	// records it.
+	Action string `json:"action" required:"true" oneof:"deny|warn"`
 }
 
 // RiskPosture bounds the risk level that was received of a workload or node.
 type RiskPosture struct {
+	// Max is the highest level that suffices.
 	Max string `json:"max" required:"true" oneof:"low|medium|high"`
 }
