@@ -199,7 +199,7 @@ func recognised(id *compile.Identity) (workload.Identity, bool) {
 func (a *Agent) makeView() (*view, error) {
 	plan := a.in.plan
 	v := &view{
-		plan: plan, generation: a.in.generation, ceiling: a.cfg.ModeCeiling,
+		plan: plan, files: a.in.files, loaded: a.in.loaded, generation: a.in.generation, ceiling: a.cfg.ModeCeiling,
 		byNumber: map[flow.IdentityNumber]*compile.Identity{}, numbers: map[*compile.Identity]flow.IdentityNumber{},
 		local: map[*compile.Identity]bool{}, homes: homesOf(plan, a.in.table), protected: map[datapath.ProtectedPort]*compile.API{},
 		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked,

@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 	"github.com/sallyport-dev/sallyport/agent/datapath"
@@ -42,7 +44,7 @@ func (s service) Status(ctx context.Context) (*controlpb.StatusReply, error) {
 		r.Features = append(r.Features, &controlpb.Feature{Name: "kernel", Lost: lost})
 	}
 	in, v := a.picture()
-	r.PolicySet, r.Policies = policySet(in), policies(v)
+	r.PolicySet, r.Policies = policySet(in, v), policies(v)
 	r.Workloads = s.workloads(in, v)
 	if c, err := a.dp.Counters(); err == nil {
 		r.Counters = counters(c)
@@ -69,10 +71,12 @@ func (a *Agent) picture() (inputs, *view) {
 	return inputs{}, nil
 }
 
-func policySet(in inputs) *controlpb.PolicySet {
-	set := &controlpb.PolicySet{Generation: in.generation, LastGood: in.lastGood}
-	if in.plan != nil {
-		set.Digest, set.LoadedUnixNs = in.plan.Digest(), in.loaded.UnixNano()
+// policySet says which set is in force, which is the view's, and what is wrong
+// with the directory's, which may be another.
+func policySet(in inputs, v *view) *controlpb.PolicySet {
+	set := &controlpb.PolicySet{LastGood: in.lastGood}
+	if v != nil {
+		set.Digest, set.LoadedUnixNs, set.Generation = v.plan.Digest(), v.loaded.UnixNano(), v.generation
 	}
 	for _, p := range in.problems {
 		if p.Severity == load.Error {
@@ -158,7 +162,7 @@ func (s service) Explain(ctx context.Context, q *controlpb.ExplainRequest) (*con
 		return nil, err
 	}
 	if e := m.GetExplainReply().GetError(); e != "" {
-		return nil, errors.New(e)
+		return nil, status.Error(codes.NotFound, e)
 	}
 	return &controlpb.ExplainReply{Json: m.GetExplainReply().GetJson()}, nil
 }
@@ -236,9 +240,9 @@ func selectorText(s *compile.Selector) string {
 // Policies implements control.Agent.
 func (s service) Policies(_ context.Context, q *controlpb.PoliciesRequest) (*controlpb.PoliciesReply, error) {
 	in, v := s.a.picture()
-	r := &controlpb.PoliciesReply{Set: policySet(in), Policies: policies(v)}
-	if q.GetFiles() {
-		for _, f := range in.files {
+	r := &controlpb.PoliciesReply{Set: policySet(in, v), Policies: policies(v)}
+	if q.GetFiles() && v != nil {
+		for _, f := range v.files {
 			r.Files = append(r.Files, &controlpb.PolicyFile{Path: f.Path, Content: f.Content})
 		}
 	}

@@ -34,6 +34,8 @@ type inputs struct {
 // never changed; requests of the userspace process are held against it.
 type view struct {
 	plan       *compile.Plan
+	files      []load.File // that the plan is made of
+	loaded     time.Time
 	generation uint64
 	ceiling    flow.Mode
 	byNumber   map[flow.IdentityNumber]*compile.Identity

@@ -41,7 +41,10 @@ func newPolicyTest() *cobra.Command {
 		if len(args) == 0 {
 			args = []string{defaults.PolicyDir}
 		}
-		r := &testRun{set: set, only: only, out: c.OutOrStdout(), json: out.json, all: *run == ""}
+		r := &testRun{set: set, only: only, out: c.OutOrStdout(), faults: c.OutOrStdout(), json: out.json, all: *run == ""}
+		if out.json {
+			r.faults = c.ErrOrStderr()
+		}
 		for _, a := range args {
 			if err := r.argument(c.Context(), a); err != nil {
 				return err
@@ -52,61 +55,6 @@ func newPolicyTest() *cobra.Command {
 	return c
 }
 
-// setFlags are what a set of policies depends on besides its documents.
-type setFlags struct{ trustDomain, node *string }
-
-func addSetFlags(c *cobra.Command) *setFlags {
-	return &setFlags{
-		trustDomain: c.Flags().String("trust-domain", "", "trust domain that IDs must be of (default: any)"),
-		node:        c.Flags().String("node", config.Defaults("node").Node, "node name in derived IDs"),
-	}
-}
-
-// build compiles a set; where it is not valid it writes what is wrong to w.
-func (s *setFlags) build(w io.Writer, files []load.File, problems []load.Problem) (*compile.Plan, error) {
-	plan, built := compile.Build(files, compile.Options{TrustDomain: *s.trustDomain, Node: *s.node})
-	problems = load.Sort(append(problems, built...))
-	if plan != nil && !load.HasErrors(problems) {
-		return plan, nil
-	}
-	for _, p := range problems {
-		if p.Severity == load.Error {
-			fmt.Fprintln(w, p)
-		}
-	}
-	return nil, errSilent
-}
-
-// readSet reads a policy folder as the agent does; the files' names begin
-// with the folder's, so that they lead there.
-func readSet(dir string) ([]load.File, []load.Problem, error) {
-	files, problems, err := load.ReadDir(dir)
-	return within(dir, files), placed(dir, problems), readError(dir, err)
-}
-
-func readError(dir string, err error) error {
-	if err != nil {
-		return fmt.Errorf("read policies in %s: %w", dir, err)
-	}
-	return nil
-}
-
-func within(dir string, files []load.File) []load.File {
-	for i := range files {
-		files[i].Path = filepath.Join(dir, files[i].Path)
-	}
-	return files
-}
-
-func placed(dir string, problems []load.Problem) []load.Problem {
-	for i := range problems {
-		if problems[i].File != "" {
-			problems[i].File = filepath.Join(dir, problems[i].File)
-		}
-	}
-	return problems
-}
-
 // testRun is one `policy test`.
 type testRun struct {
 	set  *setFlags
@@ -114,6 +62,8 @@ type testRun struct {
 	all  bool
 	out  io.Writer
 	json bool
+	// faults is where what is wrong with files is written.
+	faults io.Writer
 
 	report testReport
 }
@@ -155,7 +105,7 @@ func (r *testRun) argument(ctx context.Context, arg string) error {
 		tests = slices.DeleteFunc(tests, func(f load.File) bool { return f.Path != one })
 	}
 	for _, p := range placed(dir, problems) {
-		fmt.Fprintln(r.out, p)
+		fmt.Fprintln(r.faults, p)
 	}
 	if len(problems) > 0 {
 		return errSilent
@@ -163,11 +113,11 @@ func (r *testRun) argument(ctx context.Context, arg string) error {
 	if len(tests) == 0 {
 		return fmt.Errorf("no test files in %s: write *_test.yaml beside the policies", dir)
 	}
-	files, problems, err := readSet(dir)
+	set, err := r.set.folder(dir)
 	if err != nil {
 		return err
 	}
-	plan, err := r.set.build(r.out, files, problems)
+	plan, err := set.build(r.faults)
 	if err != nil {
 		return err
 	}
@@ -185,7 +135,7 @@ func (r *testRun) folder(ctx context.Context, plan *compile.Plan, files []load.F
 	for _, f := range files {
 		found, problems := t.Tests(f)
 		for _, p := range problems {
-			fmt.Fprintln(r.out, p)
+			fmt.Fprintln(r.faults, p)
 		}
 		bad = bad || load.HasErrors(problems)
 		tests = append(tests, found...)
