@@ -19,7 +19,7 @@ import (
 
 func newPolicy() *cobra.Command {
 	c := &cobra.Command{Use: "policy", Short: "Work with policy files"}
-	c.AddCommand(newValidate(), newPolicyTest(), newPolicySchema(), newPolicyExplain())
+	c.AddCommand(newValidate(), newPolicyTest(), newPolicySchema(), newPolicyExplain(), newPolicyDiff())
 	return c
 }
 

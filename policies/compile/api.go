@@ -87,10 +87,10 @@ type API struct {
 	// Connection.
 	Headers []string
 
-	fingerprint [32]byte
-	deny, allow table
-	decided     map[*Identity]decidedBy
-	decidedElse decidedBy
+	fingerprint, rulesFingerprint [32]byte
+	deny, allow                   table
+	decided                       map[*Identity]decidedBy
+	decidedElse                   decidedBy
 }
 
 // Rule is one rule of an API.

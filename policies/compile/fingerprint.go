@@ -7,6 +7,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 )
 
 // Fingerprint tells whether an API decides as one of the same name in another
@@ -15,6 +17,10 @@ import (
 // written nor what relations there are. What was decided under an equal
 // fingerprint still holds.
 func (a *API) Fingerprint() [sha256.Size]byte { return a.fingerprint }
+
+// RulesFingerprint is the Fingerprint of what is found of a call, whatever
+// the modes, selectors and endpoints are.
+func (a *API) RulesFingerprint() [sha256.Size]byte { return a.rulesFingerprint }
 
 // fingerprints computes those of all APIs. docs has the document of each.
 func (c *compiler) fingerprints(docs map[*API]*policyDoc) {
@@ -25,31 +31,51 @@ func (c *compiler) fingerprints(docs map[*API]*policyDoc) {
 		}
 	}
 	for _, a := range c.plan.apis {
-		h := sha256.New()
-		// Every value is written as JSON, so that none can run into the next.
-		e := json.NewEncoder(h)
-		write(e, a.Name, docs[a].Value.Spec)
-		a.Identity.fingerprint(e)
-		for _, caller := range callers[a.Identity] {
-			caller.fingerprint(e)
-		}
-		if a.Posture != nil {
-			a.Posture.fingerprint(e)
-		}
-		for _, r := range a.Rules {
-			if r.Posture != nil {
-				r.Posture.fingerprint(e)
-			}
-			if r.Token != nil {
-				i := *r.Token.Issuer
-				write(e, i.FullName(), i.URL, i.JWKSURL, i.JWKSFile, i.JWKS, i.Algorithms, i.Audiences, i.MaxLifetime, i.Types)
-			}
-			if r.Relation != nil {
-				write(e, r.Relation.Model.FullName(), r.Relation.Model.Text)
-			}
-		}
-		h.Sum(a.fingerprint[:0])
+		spec := docs[a].Value.Spec
+		a.fingerprint = a.sum(spec, callers[a.Identity], (*Identity).fingerprint)
+		spec.Mode = ""
+		a.rulesFingerprint = a.sum(spec, callers[a.Identity], (*Identity).rulesFingerprint)
 	}
+}
+
+func (a *API) sum(spec v1alpha1.APIPolicySpec, callers []*Identity, identity func(*Identity, *json.Encoder)) (sum [sha256.Size]byte) {
+	h := sha256.New()
+	// Every value is written as JSON, so that none can run into the next.
+	e := json.NewEncoder(h)
+	write(e, a.Name, spec)
+	identity(a.Identity, e)
+	for _, caller := range callers {
+		identity(caller, e)
+	}
+	if a.Posture != nil {
+		a.Posture.fingerprint(e)
+	}
+	for _, r := range a.Rules {
+		if r.Posture != nil {
+			r.Posture.fingerprint(e)
+		}
+		if r.Token != nil {
+			r.Token.Issuer.fingerprint(e)
+		}
+		if r.Relation != nil {
+			write(e, r.Relation.Model.FullName(), r.Relation.Model.Text)
+		}
+	}
+	h.Sum(sum[:0])
+	return sum
+}
+
+func (i *Issuer) fingerprint(e *json.Encoder) {
+	write(e, i.FullName(), i.URL, i.JWKSURL, i.JWKSFile, i.JWKS, i.Algorithms, i.Audiences, i.MaxLifetime, i.Types)
+}
+
+// Fingerprint tells whether a profile asks for the same as one of another plan
+// does.
+func (p *Posture) Fingerprint() (sum [sha256.Size]byte) {
+	h := sha256.New()
+	p.fingerprint(json.NewEncoder(h))
+	h.Sum(sum[:0])
+	return sum
 }
 
 func (p *Posture) fingerprint(e *json.Encoder) {
@@ -58,6 +84,10 @@ func (p *Posture) fingerprint(e *json.Encoder) {
 
 func (i *Identity) fingerprint(e *json.Encoder) {
 	write(e, i.fullName, i.ID, i.Expires.Format(time.RFC3339Nano), i.Selector, i.Endpoints, i.Mode)
+}
+
+func (i *Identity) rulesFingerprint(e *json.Encoder) {
+	write(e, i.fullName, i.ID, i.Expires.Format(time.RFC3339Nano))
 }
 
 func write(e *json.Encoder, values ...any) {

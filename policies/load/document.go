@@ -4,6 +4,7 @@ package load
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -87,6 +88,75 @@ func (d *Document) node(path []any) *yaml.Node {
 		}
 	}
 	return n
+}
+
+// FieldText is one value of a document: the path of its field and its text.
+type FieldText struct{ Path, Text string }
+
+// Fields returns all values of a document but apiVersion, kind and its name.
+// The entries of a list have the list's path; those that are fields have
+// their name in it, LIST[NAME].FIELD, or without one are one value, written as
+// {FIELD: VALUE, ...}.
+func (d *Document) Fields() []FieldText {
+	var out []FieldText
+	for i := 0; i+1 < len(d.root.Content); i += 2 {
+		switch name := d.root.Content[i].Value; name {
+		case "apiVersion", "kind":
+		case "metadata":
+			for _, f := range fieldTexts(nil, name, d.root.Content[i+1]) {
+				if f.Path != "metadata.name" && f.Path != "metadata.namespace" {
+					out = append(out, f)
+				}
+			}
+		default:
+			out = fieldTexts(out, name, d.root.Content[i+1])
+		}
+	}
+	return out
+}
+
+func fieldTexts(out []FieldText, path string, n *yaml.Node) []FieldText {
+	switch n.Kind {
+	case yaml.MappingNode:
+		for i := 0; i+1 < len(n.Content); i += 2 {
+			out = fieldTexts(out, path+"."+n.Content[i].Value, n.Content[i+1])
+		}
+	case yaml.SequenceNode:
+		for _, item := range n.Content {
+			_, name := child(item, "name")
+			if name == nil || name.Kind != yaml.ScalarNode {
+				out = append(out, FieldText{path, flowText(item)})
+				continue
+			}
+			for i := 0; i+1 < len(item.Content); i += 2 {
+				if k := item.Content[i].Value; k != "name" {
+					out = fieldTexts(out, path+"["+name.Value+"]."+k, item.Content[i+1])
+				}
+			}
+		}
+	default:
+		out = append(out, FieldText{path, n.Value})
+	}
+	return out
+}
+
+// flowText writes a value in one line.
+func flowText(n *yaml.Node) string {
+	var parts []string
+	switch n.Kind {
+	case yaml.MappingNode:
+		for i := 0; i+1 < len(n.Content); i += 2 {
+			parts = append(parts, n.Content[i].Value+": "+flowText(n.Content[i+1]))
+		}
+		slices.Sort(parts)
+		return "{" + strings.Join(parts, ", ") + "}"
+	case yaml.SequenceNode:
+		for _, item := range n.Content {
+			parts = append(parts, flowText(item))
+		}
+		return "[" + strings.Join(parts, ", ") + "]"
+	}
+	return n.Value
 }
 
 // File returns the document's file.

@@ -54,6 +54,23 @@ type Set struct {
 	Texts map[string]string
 }
 
+// Documents returns the set's documents of all kinds.
+func (s *Set) Documents() []*Document {
+	var out []*Document
+	out = documentsOf(out, s.Identities)
+	out = documentsOf(out, s.Issuers)
+	out = documentsOf(out, s.Models)
+	out = documentsOf(out, s.Postures)
+	return documentsOf(out, s.Policies)
+}
+
+func documentsOf[T any](out []*Document, docs []*Doc[T]) []*Document {
+	for _, d := range docs {
+		out = append(out, &d.Document)
+	}
+	return out
+}
+
 // Load reads a set of files and returns what it could make of it, with
 // everything that is wrong with it.
 //
