@@ -78,7 +78,8 @@ type Agent struct {
 	controls *control.Server
 	listener net.Listener // of the control API
 	records  *recordLog
-	scored   budget // of revocations by score
+	refusals refusals // of the kernel
+	scored   budget   // of revocations by score
 	waits    waits
 	bundles  []identity.TrustDomain
 	ports    sockets.Ports

@@ -9,18 +9,23 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
+	"github.com/sallyport-dev/sallyport/agent/datapath"
 	"github.com/sallyport-dev/sallyport/agent/events"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 )
 
 // eventRecord is a refusal of the kernel as the decision log writes it.
 type eventRecord struct {
 	Time        time.Time      `json:"time"`
+	RequestID   string         `json:"requestID"` // that explain takes
 	Node        string         `json:"node"`
 	Source      string         `json:"source,omitempty"`
 	Destination string         `json:"destination,omitempty"`
@@ -31,6 +36,8 @@ type eventRecord struct {
 	WouldDeny   bool           `json:"wouldDeny,omitempty"`
 	Stage       string         `json:"stage"`
 	Hook        string         `json:"hook"`
+	Policy      string         `json:"policy,omitempty"`   // that protects the port
+	Position    string         `json:"position,omitempty"` // file:line of that policy, or of the identity that was refused
 	Reason      flow.Reason    `json:"reason"`
 	Cgroup      uint64         `json:"cgroup,omitempty"`
 }
@@ -41,16 +48,18 @@ func (a *Agent) readEvents(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	ids := flow.NewIDs()
 	return drain(ctx, r, func(e events.Event) {
 		if e.Reason == flow.ReasonIdentityRevoked && e.Identity != 0 && uint32(e.Identity) == a.ambiguousNumber.Load() {
 			// The kernel refuses both alike; what to do about them differs.
 			e.Reason = flow.ReasonAmbiguousIdentity
 		}
 		rec := eventRecord{
-			Time: wallTime(e.Time), Node: a.cfg.Node, Source: a.idOf(e.Identity), Destination: a.idOf(e.Target),
+			Time: wallTime(e.Time), RequestID: ids.New(time.Now()), Node: a.cfg.Node, Source: a.idOf(e.Identity), Destination: a.idOf(e.Target),
 			Client: e.Source, Address: e.Destination, Decision: flow.EffectDeny.String(), Mode: flow.ModeEnforce.String(),
 			WouldDeny: !e.Enforced, Stage: flow.StageKernel.String(), Hook: e.Hook.String(), Reason: e.Reason, Cgroup: e.CgroupID,
 		}
+		rec.Policy, rec.Position = a.view.Load().blame(&e)
 		decision := rec.Decision
 		if !e.Enforced {
 			rec.Mode, decision = flow.ModeAudit.String(), "wouldDeny"
@@ -61,11 +70,95 @@ func (a *Agent) readEvents(ctx context.Context) error {
 			return
 		}
 		a.records.write(raw)
+		a.refusals.put(&rec)
 		a.hub.Publish(&controlpb.Observation{
 			TimeUnixNs: rec.Time.UnixNano(), Kind: "event", From: a.flowEnd(e.Identity, e.Source), To: a.flowEnd(e.Target, e.Destination),
 			Decision: decision, Reason: string(e.Reason), Stage: rec.Stage, Json: raw,
 		})
 	})
+}
+
+// blame names what an event goes back to: of a port that was bound or called,
+// the policy that protects it; of what a workload tried, its own document.
+func (v *view) blame(e *events.Event) (policy, position string) {
+	if v == nil {
+		return "", ""
+	}
+	at := e.Destination
+	served := e.Hook == events.HookSteer
+	if e.Hook == events.HookBind || e.Hook == events.HookListen {
+		at, served = e.Source, true
+	}
+	api := v.plan.API(v.byNumber[e.Target], at.Port())
+	if api == nil && served {
+		api = v.protected[datapath.ProtectedPort{Netns: e.NetnsCookie, Port: at.Port()}]
+	}
+	if id := v.byNumber[e.Identity]; id != nil && (!served || api == nil) {
+		return "", id.Position.FileLine()
+	}
+	if api != nil {
+		return api.Name, api.Position.FileLine()
+	}
+	return "", ""
+}
+
+// keptRefusals is how many of the kernel's refusals can be explained.
+const keptRefusals = 512
+
+// refusals is a ring of the latest refusals of the kernel.
+type refusals struct {
+	mu   sync.Mutex
+	ring []eventRecord
+	next int
+}
+
+func (r *refusals) put(rec *eventRecord) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.ring) < keptRefusals {
+		r.ring = append(r.ring, *rec)
+		return
+	}
+	r.ring[r.next] = *rec
+	r.next = (r.next + 1) % keptRefusals
+}
+
+// explain returns a refusal by its id, in the form of a decision.
+func (r *refusals) explain(id string) (pipeline.Explained, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i := slices.IndexFunc(r.ring, func(rec eventRecord) bool { return rec.RequestID == id })
+	if i < 0 {
+		return pipeline.Explained{}, false
+	}
+	rec := &r.ring[i]
+	detail := kernelDetails[rec.Reason]
+	return pipeline.Explained{
+		Record: pipeline.Record{
+			Time: rec.Time, RequestID: rec.RequestID, Node: rec.Node, Source: rec.Source, Destination: rec.Destination, Client: rec.Client,
+			Address: rec.Address, Decision: rec.Decision, Mode: rec.Mode, WouldDeny: rec.WouldDeny, Stage: rec.Stage, Policy: rec.Policy,
+			Position: rec.Position, Reason: rec.Reason, Detail: detail, Channel: flow.ChannelKernel.String(), Anchor: flow.AnchorNone.String(),
+		},
+		Steps: []pipeline.ExplainedStep{{Stage: rec.Hook, Reason: rec.Reason, Detail: detail}},
+	}, true
+}
+
+// kernelDetails say in a line what each reason of the kernel means.
+var kernelDetails = map[flow.Reason]string{
+	flow.ReasonVerdictDeny:       "the kernel holds a verdict against it",
+	flow.ReasonBindGuard:         "a protected port was bound by who is not its identity",
+	flow.ReasonUnguarded:         "one of the agent's own ports was bound by another, or spoken to without a flow of its own",
+	flow.ReasonListenerGone:      "the agent's listener is not there",
+	flow.ReasonServerGone:        "the protected identity does not listen on its port",
+	flow.ReasonUntagged:          "a packet of an enforced workload without a flow entry",
+	flow.ReasonMapFull:           "a kernel map is full, or the identity has used up its share",
+	flow.ReasonForeignSocket:     "the socket was made in another cgroup than the caller's",
+	flow.ReasonDevice:            "a socket that is bound to a device cannot reach the listener on loopback",
+	flow.ReasonSocketKind:        "a kind of socket that no hook sees",
+	flow.ReasonEgress:            "nobody claims the address, and the caller's egress does not list it",
+	flow.ReasonIdentityRevoked:   "the caller's identity is revoked",
+	flow.ReasonAmbiguousIdentity: "several MachineIdentities match the workload",
+	flow.ReasonNotReady:          "the workload is not wired up yet",
 }
 
 // sampleRecord is a sample as `observe` shows it.

@@ -157,6 +157,13 @@ func counters(c datapath.Counters) (list []*controlpb.Counter) {
 
 // Explain implements control.Agent.
 func (s service) Explain(ctx context.Context, q *controlpb.ExplainRequest) (*controlpb.ExplainReply, error) {
+	if e, ok := s.a.refusals.explain(q.GetRequestId()); ok {
+		raw, err := json.Marshal(e)
+		if err != nil {
+			return nil, fmt.Errorf("encode a refusal of the kernel: %w", err)
+		}
+		return &controlpb.ExplainReply{Json: raw}, nil
+	}
 	m, err := s.a.ask(ctx, &linepb.Message{Body: &linepb.Message_Explain{Explain: &linepb.ExplainRequest{RequestId: q.GetRequestId()}}})
 	if err != nil {
 		return nil, err

@@ -99,6 +99,9 @@ func writeTrace(w io.Writer, e *pipeline.Explained) error {
 	fmt.Fprintf(w, "%s -> %s  %s %s\n", orDash(e.Source), orDash(e.Destination), plain(e.Method), plain(e.Path))
 	fmt.Fprintf(w, "%s by stage %s, %s: %s\n", outcome, e.Stage, orDash(string(e.Reason)), plain(e.Detail))
 	fmt.Fprintf(w, "policy %s, rule %s, %s; channel %s, anchor %s\n\n", orDash(e.Policy), orDash(e.Rule), orDash(e.Position), e.Channel, e.Anchor)
+	if e.Reason != flow.ReasonOK {
+		fmt.Fprintf(w, "what to do: %s%s%s\n\n", flow.ReasonsURL, plain(string(e.Reason)), flow.ReasonsSuffix)
+	}
 	return table(w, func(row func(...any)) {
 		row("STAGE", "RULE", "FOUND", "DETAIL", "TOOK")
 		for _, s := range e.Steps {

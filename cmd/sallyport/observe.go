@@ -94,9 +94,11 @@ func writeObservation(w io.Writer, o *controlpb.Observation, asJSON bool) {
 	fmt.Fprintf(w, "%s %-8s %s -> %s  %s  %s", time.Unix(0, o.GetTimeUnixNs()).UTC().Format("15:04:05.000"),
 		o.GetKind(), plain(o.GetFrom()), plain(o.GetTo()), plain(what), plain(verdict))
 	var r pipeline.Record
-	if o.GetKind() == "decision" && json.Unmarshal(o.GetJson(), &r) == nil {
+	if o.GetKind() != "sample" && json.Unmarshal(o.GetJson(), &r) == nil {
 		if r.Policy != "" {
 			fmt.Fprintf(w, "  by %s %s %s", r.Policy, plain(r.Rule), r.Position)
+		} else if r.Position != "" {
+			fmt.Fprintf(w, "  by %s", r.Position)
 		}
 		if r.RequestID != "" {
 			fmt.Fprintf(w, "  %s", plain(r.RequestID))

@@ -3,8 +3,11 @@
 package watch
 
 import (
+	"bytes"
+	"encoding/binary"
 	"log/slog"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,13 +22,20 @@ type notifier struct {
 	inode   uint64   // of the watched folder
 	dev     uint64
 	done    chan struct{}
+
+	mu sync.Mutex
+	// writing are the files that were written to and are still open for it.
+	writing map[string]struct{}
 }
+
+// maxWriting bounds how many files are followed while they are written.
+const maxWriting = 1000
 
 const watched = unix.IN_CLOSE_WRITE | unix.IN_MODIFY | unix.IN_ATTRIB | unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM |
 	unix.IN_MOVED_TO | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR
 
 func newNotifier(dir string, logger *slog.Logger) *notifier {
-	n := &notifier{dir: dir, changes: make(chan struct{}, 1), wd: -1, done: make(chan struct{})}
+	n := &notifier{dir: dir, changes: make(chan struct{}, 1), wd: -1, done: make(chan struct{}), writing: map[string]struct{}{}}
 	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
 	if err != nil {
 		logger.Warn("watch policy folder: no inotify, polling alone; raise fs.inotify.max_user_instances", "error", err)
@@ -37,20 +47,55 @@ func newNotifier(dir string, logger *slog.Logger) *notifier {
 	return n
 }
 
-// forward turns notifications into at most one pending change. What they
-// say does not matter: the folder is read whole.
+// forward turns notifications into at most one pending change. All that is
+// taken from them is which files are being written: the folder is read whole.
 func (n *notifier) forward() {
 	defer close(n.done)
 	buf := make([]byte, 16<<10)
 	for {
-		if _, err := n.file.Read(buf); err != nil {
+		size, err := n.file.Read(buf)
+		if err != nil {
 			return
 		}
+		n.follow(buf[:size])
 		select {
 		case n.changes <- struct{}{}:
 		default:
 		}
 	}
+}
+
+// follow notes of a buffer of inotify_event structs, inotify(7), which files
+// are written to and which are closed again or gone.
+func (n *notifier) follow(events []byte) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for len(events) >= unix.SizeofInotifyEvent {
+		mask := binary.NativeEndian.Uint32(events[4:])
+		size := binary.NativeEndian.Uint32(events[12:])
+		events = events[unix.SizeofInotifyEvent:]
+		if uint64(size) > uint64(len(events)) {
+			return
+		}
+		name := string(bytes.TrimRight(events[:size], "\x00"))
+		events = events[size:]
+		switch {
+		case mask&(unix.IN_Q_OVERFLOW|unix.IN_IGNORED) != 0:
+			clear(n.writing)
+		case mask&(unix.IN_CLOSE_WRITE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO) != 0:
+			delete(n.writing, name)
+		case mask&unix.IN_MODIFY != 0 && len(n.writing) < maxWriting:
+			n.writing[name] = struct{}{}
+		}
+	}
+}
+
+// busy says whether a file is being written: closing it is a change that is
+// still to come.
+func (n *notifier) busy() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.writing) > 0
 }
 
 // watch makes sure that the folder which bears the name now is the one that
@@ -84,6 +129,9 @@ func (n *notifier) forget() {
 		_, _ = unix.InotifyRmWatch(fd, uint32(n.wd))
 	})
 	n.wd = -1
+	n.mu.Lock()
+	clear(n.writing)
+	n.mu.Unlock()
 }
 
 func (n *notifier) control(f func(fd int)) {

@@ -42,7 +42,7 @@ type Options struct {
 	Logger *slog.Logger
 	// Debounce is how long the folder must be quiet before it is read;
 	// DefaultDebounce if 0. One that is never quiet is read after ten of
-	// them.
+	// them, one in which a file is still open for writing after a hundred.
 	Debounce time.Duration
 	// Poll is how often the folder is read without a notification, which
 	// catches what inotify cannot see; DefaultPoll if 0.
@@ -123,21 +123,30 @@ func (w *Watcher) wait(ctx context.Context, n *notifier, poll time.Duration) boo
 	case <-ctx.Done():
 		return false
 	case <-timer.C:
-		return true
+		if !n.busy() {
+			return true
+		}
 	case <-n.changes:
 	}
-	longest := time.NewTimer(10 * w.opt.Debounce)
+	longest, patience := time.NewTimer(10*w.opt.Debounce), time.NewTimer(100*w.opt.Debounce)
 	defer longest.Stop()
+	defer patience.Stop()
 	for {
 		timer.Reset(w.opt.Debounce)
 		select {
 		case <-ctx.Done():
 			return false
-		case <-timer.C:
-			return true
-		case <-longest.C:
-			return true
 		case <-n.changes:
+			continue
+		case <-timer.C:
+		case <-longest.C:
+		case <-patience.C:
+			w.opt.Logger.Warn("a policy file has been open for writing for long; the folder is read as it is", "folder", w.opt.Dir)
+			return true
+		}
+		// Half of a file can be a good set that says less than the whole.
+		if !n.busy() {
+			return true
 		}
 	}
 }

@@ -37,9 +37,15 @@ type harness struct {
 // a test says otherwise.
 func start(t *testing.T, dir, state string, poll time.Duration) *harness {
 	t.Helper()
+	return startQuiet(t, dir, state, poll, 5*time.Millisecond)
+}
+
+// startQuiet is start with another debounce.
+func startQuiet(t *testing.T, dir, state string, poll, debounce time.Duration) *harness {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	w := New(Options{
-		Dir: dir, StateDir: state, Debounce: 5 * time.Millisecond, Poll: poll,
+		Dir: dir, StateDir: state, Debounce: debounce, Poll: poll,
 		Logger: slog.New(slog.DiscardHandler),
 		Build: func(files []load.File) (*compile.Plan, []load.Problem) {
 			return compile.Build(files, compile.Options{TrustDomain: "example.org", Node: "n"})
@@ -381,4 +387,53 @@ func FuzzStore(f *testing.F) {
 			t.Errorf("%d files of something else", len(files))
 		}
 	})
+}
+
+// TestHalfAFileIsNoSet writes a file in two halves, of which the first is a
+// good set that says less: it is never in force.
+func TestHalfAFileIsNoSet(t *testing.T) {
+	dir := t.TempDir()
+	// So long that the hundredfold, after which it is read all the same, does
+	// not pass in a test.
+	h := startQuiet(t, dir, "", time.Hour, 100*time.Millisecond)
+	h.until("an empty folder", holds(false))
+	f, err := os.Create(filepath.Join(dir, "a.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(policy("a") + "---\n"); err != nil {
+		t.Fatal(err)
+	}
+	// Another file, written whole, would have the folder read.
+	h.write("c.yaml", policy("c"))
+	select {
+	case e := <-h.w.Events():
+		t.Errorf("in force while a file was being written: %s", describe(e))
+	case <-time.After(3 * h.w.opt.Debounce):
+	}
+	if _, err := f.WriteString(policy("b")); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	e := <-h.w.Events()
+	if !holds(false, "a", "b", "c")(e) {
+		t.Errorf("after it was closed: %s", describe(e))
+	}
+}
+
+// TestTestFilesChangeNothing holds that tests beside the policies, also broken
+// ones, are neither read nor a reason to build anew.
+func TestTestFilesChangeNothing(t *testing.T) {
+	dir := t.TempDir()
+	h := start(t, dir, "", time.Hour)
+	h.write("a.yaml", policy("a"))
+	first := h.until("the set", holds(false, "a"))
+	h.write("a_test.yaml", "cases: [")
+	h.write("b.yaml", policy("b"))
+	second := <-h.w.Events()
+	if !holds(false, "a", "b")(second) || len(second.Files) != 2 || first.Plan == second.Plan {
+		t.Errorf("with a broken test beside them: %s", describe(second))
+	}
 }

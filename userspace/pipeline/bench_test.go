@@ -80,7 +80,7 @@ func BenchmarkRecord(b *testing.B) {
 
 func BenchmarkNewID(b *testing.B) {
 	l := New(Options{}).NewLoop()
-	var id [IDLength]byte
+	var id [flow.IDLength]byte
 	now := time.Now()
 	b.ReportAllocs()
 	for b.Loop() {

@@ -168,7 +168,7 @@ type Env struct {
 // tasks of that loop alone.
 type Loop struct {
 	p       *Pipeline
-	ids     idSource
+	ids     flow.IDs
 	free    []*run
 	counts  counters
 	queue   queue
@@ -178,7 +178,7 @@ type Loop struct {
 
 // NewLoop adds a loop.
 func (p *Pipeline) NewLoop() *Loop {
-	l := &Loop{p: p, ids: newIDSource()}
+	l := &Loop{p: p, ids: flow.NewIDs()}
 	l.counts.init()
 	p.mu.Lock()
 	p.loops = append(p.loops, l)
@@ -214,3 +214,9 @@ func (l *Loop) put(r *run) {
 		l.free = append(l.free, r)
 	}
 }
+
+// NewID returns a request id.
+func (l *Loop) NewID(now time.Time) string { return l.ids.New(now) }
+
+// PutID writes a request id to b, for a caller that owns the memory.
+func (l *Loop) PutID(b *[flow.IDLength]byte, now time.Time) { l.ids.Put(b, now) }

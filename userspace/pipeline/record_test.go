@@ -176,22 +176,3 @@ func TestCounters(t *testing.T) {
 		t.Errorf("latency %v, streams %d", c.Latency, c.Streams)
 	}
 }
-
-func TestIDs(t *testing.T) {
-	p := New(Options{})
-	a, b := p.NewLoop(), p.NewLoop()
-	at := time.UnixMilli(1469918176385)
-	seen := map[string]bool{}
-	for range 5000 {
-		for _, l := range []*Loop{a, b} {
-			id := l.NewID(at)
-			if len(id) != IDLength || !strings.HasPrefix(id, "01ARYZ6S41") || strings.Trim(id, idAlphabet) != "" || seen[id] {
-				t.Fatalf("id %q", id)
-			}
-			seen[id] = true
-		}
-	}
-	if first, second := a.NewID(at), a.NewID(at.Add(time.Millisecond)); first >= second {
-		t.Errorf("%s does not sort before %s", first, second)
-	}
-}

@@ -51,7 +51,7 @@ type call struct {
 
 	req     flow.Request
 	d       flow.Decision
-	id      [pipeline.IDLength]byte
+	id      [flow.IDLength]byte
 	head    http1.Request
 	resp    http1.Response
 	buf     []byte // received from the client: buf[r:w]

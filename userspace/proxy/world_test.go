@@ -517,7 +517,7 @@ func problem(t testing.TB, resp *http.Response) (reason flow.Reason, id string) 
 	}
 	if resp.Header.Get("Content-Type") != "application/problem+json" || resp.Header.Get("Cache-Control") != "no-store" ||
 		doc.Status != resp.StatusCode || doc.Reason != flow.ReasonOK && doc.Reason.Status() != doc.Status || doc.Type != about ||
-		len(doc.RequestID) != pipeline.IDLength || doc.RequestID != resp.Header.Get("X-Sallyport-Request-Id") ||
+		len(doc.RequestID) != flow.IDLength || doc.RequestID != resp.Header.Get("X-Sallyport-Request-Id") ||
 		doc.Instance != "urn:sallyport:request:"+doc.RequestID {
 		t.Errorf("problem document %s with status %d, header %v", b, resp.StatusCode, resp.Header)
 	}

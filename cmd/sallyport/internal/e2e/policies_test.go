@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -17,6 +18,26 @@ func refusedFor(want string) func(*controlpb.StatusReply) bool {
 		p := s.GetPolicySet()
 		return p.GetLastGood() && strings.Contains(strings.Join(p.GetErrors(), "\n"), want)
 	}
+}
+
+// metric reads a metric without labels of the node.
+func (n *node) metric(name string) float64 {
+	n.t.Helper()
+	out, err := curl(n.t, "", n.ns, "http://127.0.0.1:15020/metrics")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for line := range strings.Lines(out) {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(line), name+" "); ok {
+			f, err := strconv.ParseFloat(value, 64)
+			if err != nil {
+				n.t.Fatal(err)
+			}
+			return f
+		}
+	}
+	n.t.Fatalf("no metric %s", name)
+	return 0
 }
 
 // TestPoliciesThatAreWrong breaks the policies of a running node in several
@@ -41,8 +62,19 @@ func TestPoliciesThatAreWrong(t *testing.T) {
 		{"an unknown kind", good + "---\napiVersion: sallyport.dev/v1alpha1\nkind: Nothing\nmetadata: {name: x}\nspec: {}\n", `kind: "Nothing" is not one of `},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			refusals := n.metric("sallyport_policy_loads_refused_total")
 			n.policy("shop.yaml", c.text)
 			n.await("refuse the set", refusedFor(c.want))
+			if got := n.metric("sallyport_policy_loads_refused_total"); got <= refusals {
+				t.Errorf("%v sets refused, by the metric, and %v before", got, refusals)
+			}
+			log, err := os.ReadFile(n.path("agent.log"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text := strings.ReplaceAll(string(log), `\"`, `"`); !strings.Contains(text, "policy refused") || !strings.Contains(text, c.want) {
+				t.Errorf("the log does not say %q", c.want)
+			}
 			n.settled(stranger)
 			out, _ := n.run("status")
 			if !strings.Contains(out, "the last good set") || !strings.Contains(out, c.want) {

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"github.com/sallyport-dev/sallyport/agent/datapath"
+	"github.com/sallyport-dev/sallyport/agent/events"
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+)
+
+// TestBlame holds which document each kind of refusal of the kernel goes back
+// to.
+func TestBlame(t *testing.T) {
+	plan, problems := compile.Build([]load.File{{Path: "p.yaml", Content: []byte(`apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: app}
+spec: {owner: a@b.example, select: {cgroup: {path: /app}}, mayCall: [server]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: server}
+spec: {owner: a@b.example, select: {cgroup: {path: /server}}}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: api}
+spec: {protect: {identity: server, ports: [80]}, rules: [{name: r, from: [app]}]}
+`)}}, compile.Options{TrustDomain: "example.org", Node: "n"})
+	if plan == nil {
+		t.Fatal(problems)
+	}
+	app, server := plan.Identities()[0], plan.Identities()[1]
+	v := &view{
+		plan: plan, byNumber: map[flow.IdentityNumber]*compile.Identity{1: app, 2: server},
+		protected: map[datapath.ProtectedPort]*compile.API{{Netns: 7, Port: 80}: plan.APIs()[0]},
+	}
+	here, port := netip.MustParseAddrPort("10.0.0.1:40000"), netip.MustParseAddrPort("10.0.0.2:80")
+	for _, c := range []struct {
+		name string
+		e    events.Event
+		want string
+	}{
+		{"a squatter", events.Event{Hook: events.HookBind, Identity: 1, Target: 2, Source: port, NetnsCookie: 7}, "default/api p.yaml:11"},
+		{"a squatter that nobody knows", events.Event{Hook: events.HookBind, Target: 2, Source: port, NetnsCookie: 7}, "default/api p.yaml:11"},
+		{"a server that is gone", events.Event{Hook: events.HookSteer, Source: here, Destination: port, NetnsCookie: 7}, "default/api p.yaml:11"},
+		{"one of our own ports", events.Event{Hook: events.HookSteer, Source: here, Destination: here, NetnsCookie: 7}, " "},
+		{"egress", events.Event{Hook: events.HookConnect, Identity: 1, Source: here, Destination: port, NetnsCookie: 7}, " p.yaml:1"},
+		{"a foreign socket", events.Event{Hook: events.HookConnect, Identity: 1, Target: 2, Source: here, Destination: port}, " p.yaml:1"},
+		{"an ambiguous workload", events.Event{Hook: events.HookConnect, Identity: 9, Target: 2, Source: here, Destination: port}, "default/api p.yaml:11"},
+		{"nobody, to nobody", events.Event{Hook: events.HookSocket}, " "},
+	} {
+		policy, position := v.blame(&c.e)
+		if got := policy + " " + position; got != c.want {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
+		}
+	}
+	if policy, position := (*view)(nil).blame(&events.Event{}); policy+position != "" {
+		t.Error("without a view", policy, position)
+	}
+}
+
+// TestKernelRefusalsAreKept holds that the latest can be explained, and that
+// no more are kept.
+func TestKernelRefusalsAreKept(t *testing.T) {
+	var r refusals
+	for i := range keptRefusals + 10 {
+		r.put(&eventRecord{RequestID: fmt.Sprint(i), Reason: flow.ReasonEgress, Hook: "connect", Stage: "kernel", Decision: "deny"})
+	}
+	for id, want := range map[string]bool{"0": false, "9": false, "10": true, fmt.Sprint(keptRefusals + 9): true, "": false} {
+		e, ok := r.explain(id)
+		if ok != want || ok && (e.RequestID != id || len(e.Steps) != 1 || e.Steps[0].Detail == "" || e.Detail == "") {
+			t.Errorf("%q: %+v, %t", id, e, ok)
+		}
+	}
+	if len(r.ring) != keptRefusals {
+		t.Errorf("%d kept", len(r.ring))
+	}
+}
+
+// TestEveryKernelReasonHasAText holds that no refusal of the kernel is
+// explained by nothing.
+func TestEveryKernelReasonHasAText(t *testing.T) {
+	for code := 1; code < events.ReasonCount; code++ {
+		reason, ok := events.ReasonOf(uint8(code))
+		if !ok || kernelDetails[reason] == "" {
+			t.Errorf("%s has no text", reason)
+		}
+	}
+}
