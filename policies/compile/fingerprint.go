@@ -66,7 +66,7 @@ func (a *API) sum(spec v1alpha1.APIPolicySpec, callers []*Identity, identity fun
 }
 
 func (i *Issuer) fingerprint(e *json.Encoder) {
-	write(e, i.FullName(), i.URL, i.JWKSURL, i.JWKSFile, i.JWKS, i.Algorithms, i.Audiences, i.MaxLifetime, i.Types)
+	write(e, i.FullName(), i.URL, i.JWKSURL, i.JWKSFile, i.JWKS, i.Algorithms, i.Audiences, i.MaxLifetime, i.Types, i.Claims)
 }
 
 // Fingerprint tells whether a profile asks for the same as one of another plan

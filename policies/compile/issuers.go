@@ -4,6 +4,7 @@ package compile
 
 import (
 	"encoding/json"
+	"maps"
 	"net/url"
 	"path"
 	"path/filepath"
@@ -51,12 +52,48 @@ func (c *compiler) compileIssuers() {
 		default:
 			byURL[i.URL] = i
 		}
+		c.claims(i, d)
 		c.jwks(i, d)
 		c.issuers[i.FullName()] = i
 		c.declare(toIssuer, i.Namespace, i.Name)
 		c.plan.issuers = append(c.plan.issuers, i)
 	}
 	byName(c.plan.issuers)
+}
+
+// elsewhere are claims that are said otherwise: by which field.
+var elsewhere = map[string]string{
+	"iss": "issuer", "aud": "audiences, and a rule's audience", "exp": "maxLifetime", "nbf": "nothing: it is always looked at", "iat": "maxLifetime",
+	"jti": "sallyport revoke jti", "cnf": "a rule's boundTo", "scope": "a rule's scopes",
+}
+
+const maxClaims = 32 // that an issuer's tokens must have
+
+// claims reads the claims that each token of an issuer must have.
+func (c *compiler) claims(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
+	spec := d.Value.Spec.Claims
+	if len(spec) > maxClaims {
+		c.report.Errorf(d.Key("spec", "claims"), "claims: at most %d, these are %d", maxClaims, len(spec))
+	}
+	if _, ok := d.Lookup("spec", "claims"); ok && len(spec) == 0 && d.Empty("spec", "claims") {
+		c.report.Errorf(d.Key("spec", "claims"), "claims: without any says nothing; leave the field out or fill it")
+	}
+	for _, name := range slices.Sorted(maps.Keys(spec)) {
+		if instead, ok := elsewhere[name]; ok {
+			c.report.Errorf(d.Key("spec", "claims", name), "claims: %s is said by %s", name, instead)
+			continue
+		}
+		if name == "" || strings.ContainsAny(name, " \t\n") || len(name) > maxIssuer {
+			c.report.Errorf(d.Key("spec", "claims", name), "claims: %q is not a claim's name", name)
+		}
+		if len(spec[name]) == 1 { // the bare text, or a list of one
+			c.empty(&d.Document, "claims."+name, "spec", "claims", name)
+			c.empty(&d.Document, "claims."+name, "spec", "claims", name, 0)
+		} else {
+			c.distinct(&d.Document, "claims."+name, spec[name], "spec", "claims", name)
+		}
+		i.Claims = append(i.Claims, Claim{name, spec[name]})
+	}
 }
 
 // empty reports a text that is there without anything in it; one that is

@@ -161,7 +161,14 @@ type Issuer struct {
 	Audiences       []string // nil: whatever rules ask for
 	MaxLifetime     time.Duration
 	Types           []string // accepted typ values, at+jwt or JWT
+	Claims          []Claim  // that each token must have, by name
 	Position        load.Position
+}
+
+// Claim is a claim that a token must have, with one of the values.
+type Claim struct {
+	Name   string
+	Values []string
 }
 
 // FullName returns NAMESPACE/NAME.

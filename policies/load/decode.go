@@ -127,6 +127,10 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, key *yaml.Node, f *schema
 		v = v.Elem()
 	}
 	if u, ok := reflect.TypeAssert[encoding.TextUnmarshaler](v.Addr()); ok && n.Kind == yaml.ScalarNode {
+		if v.Kind() == reflect.Slice && n.Tag != "!!str" { // a text for a list of one
+			d.errorf(n, "%s: want a text or a list, got %s; put it in quotes", f.Name, describe(n))
+			return
+		}
 		d.text(n, u, f)
 		return
 	}

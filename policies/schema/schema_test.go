@@ -129,7 +129,7 @@ func value(n *yaml.Node) any {
 }
 
 // structural are the errors that a JSON Schema can see as well.
-var structural = regexp.MustCompile(`unknown field|: "[^"]*" is not one of [^(]*$|is missing|has no value|an empty list|want (fields|a list|a text|true or false|a whole number)|is not supported by`)
+var structural = regexp.MustCompile(`unknown field|: "[^"]*" is not one of [^(]*$|is missing|has no value|an empty list|want (fields|a list|a text|a text or a list|true or false|a whole number)|is not supported by`)
 
 // TestAgainstLoader holds the JSON Schema against the loader: on every
 // document of the table of errors and of the library, it takes what the

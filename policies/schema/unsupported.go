@@ -15,7 +15,6 @@ var unsupported = map[string]bool{
 	"Egress.host":                true,
 	"Egress.tls":                 true,
 
-	"TokenIssuerSpec.claims":           true,
 	"TokenIssuerSpec.introspection":    true,
 	"TokenIssuerSpec.tokenURL":         true,
 	"RelationModelSpec.address":        true,

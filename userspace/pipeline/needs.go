@@ -12,9 +12,13 @@ import (
 func Issuers(plan *compile.Plan) []token.Issuer {
 	issuers := make([]token.Issuer, 0, len(plan.Issuers()))
 	for _, i := range plan.Issuers() {
+		var require []token.Requirement
+		for _, c := range i.Claims {
+			require = append(require, token.Requirement{Claim: c.Name, Values: c.Values})
+		}
 		issuers = append(issuers, token.Issuer{
 			Name: i.FullName(), URL: i.URL, Algorithms: i.Algorithms, Audiences: i.Audiences,
-			Types: i.Types, MaxLifetime: i.MaxLifetime,
+			Types: i.Types, MaxLifetime: i.MaxLifetime, Require: require,
 		})
 	}
 	return issuers

@@ -5,6 +5,7 @@ package token
 import (
 	"crypto/sha256"
 	"crypto/subtle"
+	"fmt"
 	"slices"
 	"time"
 
@@ -20,9 +21,9 @@ func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.
 	if !slices.Contains(i.Types, t.kind) {
 		return flow.ReasonTokenType, errType
 	}
-	for name, want := range i.Require {
-		if !has(t.Raw[name], want) {
-			return flow.ReasonTokenClaims, errRequired
+	for n := range i.Require {
+		if r := &i.Require[n]; !has(t.Raw[r.Claim], r.Values) {
+			return flow.ReasonTokenClaims, fmt.Errorf("%w: %s", errRequired, r.Claim)
 		}
 	}
 	if !audience(t, i, c.Audience) {
@@ -45,13 +46,13 @@ func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.
 	return flow.ReasonOK, nil
 }
 
-func has(claim any, want string) bool {
+func has(claim any, want []string) bool {
 	if s, ok := claim.(string); ok {
-		return s == want
+		return slices.Contains(want, s)
 	}
 	items, _ := claim.([]any)
 	for _, item := range items {
-		if item == want {
+		if s, ok := item.(string); ok && slices.Contains(want, s) {
 			return true
 		}
 	}

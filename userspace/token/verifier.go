@@ -48,11 +48,21 @@ type Issuer struct {
 	Types []string
 	// MaxLifetime bounds exp - iat; 0: 15 minutes.
 	MaxLifetime time.Duration
-	// Require are claims that must be there with that value: a string that
-	// equals it, or an array that holds it.
-	Require map[string]string
+	// Require are claims that each token must have.
+	Require []Requirement
 	// RequireBinding refuses this issuer's unbound tokens whatever the rule says.
 	RequireBinding bool
+}
+
+// Requirement is a claim that must be there with one of some values: a string
+// that is one of them, or an array that holds one.
+type Requirement struct {
+	Claim  string
+	Values []string
+}
+
+func (r Requirement) same(o Requirement) bool {
+	return r.Claim == o.Claim && slices.Equal(r.Values, o.Values)
 }
 
 // Options are what a Verifier needs from outside.
@@ -212,13 +222,8 @@ func newIssuer(cfg Issuer, old *issuer) (*issuer, error) {
 
 func (i *issuer) same(b *Issuer) bool {
 	a := &i.Issuer
-	if a.MaxLifetime != b.MaxLifetime || a.RequireBinding != b.RequireBinding || len(a.Require) != len(b.Require) {
+	if a.MaxLifetime != b.MaxLifetime || a.RequireBinding != b.RequireBinding || !slices.EqualFunc(a.Require, b.Require, Requirement.same) {
 		return false
-	}
-	for name, value := range a.Require {
-		if other, there := b.Require[name]; !there || other != value {
-			return false
-		}
 	}
 	equal := func(x, y []string) bool { return strings.Join(x, "\x00") == strings.Join(y, "\x00") }
 	return equal(a.Algorithms, b.Algorithms) && equal(a.Audiences, b.Audiences) && equal(a.Types, b.Types)

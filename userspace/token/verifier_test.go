@@ -96,10 +96,10 @@ func TestHitIsJudgedAgain(t *testing.T) {
 			return v.SetIssuer(Issuer{Name: testIssuer, URL: testURL, Types: []string{"JWT"}})
 		}, flow.ReasonTokenType},
 		{"a claim required", func(v *Verifier, _ *Check) error {
-			return v.SetIssuer(Issuer{Name: testIssuer, URL: testURL, Require: map[string]string{"client_id": "cli"}})
+			return v.SetIssuer(Issuer{Name: testIssuer, URL: testURL, Require: []Requirement{{"client_id", []string{"cli", "we"}}}})
 		}, flow.ReasonTokenClaims},
 		{"a claim required that it has", func(v *Verifier, _ *Check) error {
-			return v.SetIssuer(Issuer{Name: testIssuer, URL: testURL, Require: map[string]string{"client_id": "web", "groups": "staff"}})
+			return v.SetIssuer(Issuer{Name: testIssuer, URL: testURL, Require: []Requirement{{"client_id", []string{"cli", "web"}}, {"groups", []string{"staff"}}}})
 		}, flow.ReasonOK},
 		{"audiences of the issuer", func(v *Verifier, _ *Check) error {
 			return v.SetIssuer(Issuer{Name: testIssuer, URL: testURL, Audiences: []string{"ledger"}})
