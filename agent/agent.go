@@ -81,7 +81,7 @@ type Agent struct {
 	refusals refusals // of the kernel
 	scored   budget   // of revocations by score
 	waits    waits
-	bundles  []identity.TrustDomain
+	bundles  atomic.Pointer[[]identity.TrustDomain] // of identity.bundles
 	ports    sockets.Ports
 	scope    string // cgroup subtree beneath the cgroup2 mount, "/" for all
 	cgroups  ownCgroups
@@ -233,7 +233,7 @@ func (a *Agent) openOn(ctx context.Context, notices io.Writer) (closers []func()
 	a.watch = watch.New(watch.Options{
 		Dir: a.cfg.PolicyDir, StateDir: a.cfg.StateDir, Logger: a.log,
 		Build: func(files []load.File) (*compile.Plan, []load.Problem) {
-			return compile.Build(files, compile.Options{TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node})
+			return compile.Build(files, compile.Options{TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node, Domains: a.domains()})
 		},
 	})
 	return closers, nil
@@ -251,10 +251,11 @@ func (a *Agent) openCA(notices io.Writer) error {
 		}
 		o.Enroller = client
 	}
-	var err error
-	if a.bundles, err = readBundles(a.cfg.Identity.Bundles, a.cfg.TrustDomain); err != nil {
+	bundles, err := readBundles(a.cfg.Identity.Bundles, a.cfg.TrustDomain)
+	if err != nil {
 		return err
 	}
+	a.bundles.Store(&bundles)
 	if a.ca, err = identity.OpenCA(o); err != nil {
 		return err
 	}
@@ -265,30 +266,38 @@ func (a *Agent) openCA(notices io.Writer) error {
 	return nil
 }
 
-// readBundles reads the roots of other trust domains: PEM files of CA
-// certificates, each with the URI spiffe://TRUSTDOMAIN that its domain is
-// named by (X509-SVID, section 3.2).
-func readBundles(files []string, own string) ([]identity.TrustDomain, error) {
+// domains are the trust domains besides its own whose roots this node has.
+func (a *Agent) domains() []string {
+	list := []string{}
+	for _, b := range a.cfg.Identity.Bundles {
+		list = append(list, b.Domain)
+	}
+	return list
+}
+
+// readBundles reads the roots of other trust domains. Which domain a file's
+// roots speak for is what the configuration says; one that names itself by a
+// URI (X509-SVID, section 3.2) must name that.
+func readBundles(bundles []config.Bundle, own string) ([]identity.TrustDomain, error) {
 	var list []identity.TrustDomain
-	for _, f := range files {
-		certs, err := identity.ReadCertificates(f)
+	for _, b := range bundles {
+		if b.Domain == own {
+			return nil, fmt.Errorf("read bundle %s: %s is this node's own trust domain, whose roots come with its identity", b.File, own)
+		}
+		certs, err := identity.ReadCertificates(b.File)
 		if err != nil {
 			return nil, err
 		}
+		d := identity.TrustDomain{Name: b.Domain, Foreign: true}
 		for _, c := range certs {
-			if len(c.URIs) != 1 || c.URIs[0].Scheme != "spiffe" || c.URIs[0].Path != "" {
-				return nil, fmt.Errorf("read bundle %s: root %q names no trust domain by a URI spiffe://DOMAIN", f, c.Subject)
+			for _, u := range c.URIs {
+				if u.Scheme == "spiffe" && u.String() != "spiffe://"+b.Domain {
+					return nil, fmt.Errorf("read bundle %s: root %q is of %s, not of %s", b.File, c.Subject, u, b.Domain)
+				}
 			}
-			name := c.URIs[0].Host
-			if name == own {
-				return nil, fmt.Errorf("read bundle %s: %s is this node's own trust domain, whose roots come with its identity", f, own)
-			}
-			i := slices.IndexFunc(list, func(d identity.TrustDomain) bool { return d.Name == name })
-			if i < 0 {
-				i, list = len(list), append(list, identity.TrustDomain{Name: name})
-			}
-			list[i].Roots = append(list[i].Roots, c.Raw)
+			d.Roots = append(d.Roots, c.Raw)
 		}
+		list = append(list, d)
 	}
 	// What userspace would refuse is refused before anything is attached.
 	if _, err := identity.NewBundle(list); err != nil {

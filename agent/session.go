@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -214,7 +215,7 @@ func (s *session) sendTrust() {
 	m := &linepb.Trust{}
 	for _, d := range s.a.trust() {
 		if len(d.Roots) > 0 {
-			m.Domains = append(m.Domains, &linepb.TrustDomain{Name: d.Name, Roots: d.Roots})
+			m.Domains = append(m.Domains, &linepb.TrustDomain{Name: d.Name, Roots: d.Roots, Foreign: d.Foreign})
 		}
 	}
 	s.notify(&linepb.Message{Body: &linepb.Message_Trust{Trust: m}}) //nolint:errcheck // notify ends it
@@ -405,23 +406,48 @@ func (a *Agent) deliverKeys(issuer string, document []byte, fetched time.Time, e
 // trust is every root that this node trusts: its own domain's, and those of
 // the bundles that the configuration names.
 func (a *Agent) trust() []identity.TrustDomain {
-	return append([]identity.TrustDomain{a.ca.Trust()}, a.bundles...)
+	return append([]identity.TrustDomain{a.ca.Trust()}, *a.bundles.Load()...)
 }
 
-// followTrust sends the roots again when enrolment changes them.
+// bundlesRead is how often the files of identity.bundles are read again.
+const bundlesRead = 30 * time.Second
+
+// followTrust sends the roots again when enrolment or the bundles' files
+// change them.
 func (a *Agent) followTrust(ctx context.Context) error {
+	again := time.NewTicker(bundlesRead)
+	defer again.Stop()
 	for {
 		changed := a.ca.Changed()
-		s := a.session.Load()
-		if s != nil {
+		if s := a.session.Load(); s != nil {
 			s.sendTrust()
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-changed:
+		for same := true; same; {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-changed:
+				same = false
+			case <-again.C:
+				same = !a.rereadBundles()
+			}
 		}
 	}
+}
+
+// rereadBundles says whether the roots of other trust domains have changed.
+// Files that are not good any more change nothing.
+func (a *Agent) rereadBundles() bool {
+	bundles, err := readBundles(a.cfg.Identity.Bundles, a.cfg.TrustDomain)
+	if err == nil {
+		_, err = identity.NewBundle(append([]identity.TrustDomain{a.ca.Trust()}, bundles...))
+	}
+	a.health.Check("bundles", metrics.Degraded, err, "mend the file that identity.bundles names; the roots read before stay")
+	if err != nil || reflect.DeepEqual(bundles, *a.bundles.Load()) {
+		return false
+	}
+	a.bundles.Store(&bundles)
+	return true
 }
 
 func closeAll(fds []int) {

@@ -188,7 +188,7 @@ func (p *process) setAddresses(m *linepb.Addresses) error {
 func (p *process) setTrust(m *linepb.Trust) error {
 	domains := make([]identity.TrustDomain, 0, len(m.GetDomains()))
 	for _, d := range m.GetDomains() {
-		domains = append(domains, identity.TrustDomain{Name: d.GetName(), Roots: d.GetRoots()})
+		domains = append(domains, identity.TrustDomain{Name: d.GetName(), Roots: d.GetRoots(), Foreign: d.GetForeign()})
 	}
 	bundle, err := identity.NewBundle(domains)
 	if err != nil {

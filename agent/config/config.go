@@ -58,6 +58,12 @@ type Kernel struct {
 	Interfaces []string // names, or "auto" alone: those that carry workloads' traffic
 }
 
+// Bundle says where the roots of another trust domain are.
+type Bundle struct {
+	Domain string
+	File   string // PEM, absolute
+}
+
 // Identity says where identities come from.
 type Identity struct {
 	Source string // embedded | authority
@@ -65,7 +71,7 @@ type Identity struct {
 	// RequireTPM refuses to start with a software key.
 	RequireTPM bool
 	Authority  Authority
-	Bundles    []string // files with other trust domains' roots
+	Bundles    []Bundle // roots of other trust domains
 	LeafTTL    time.Duration
 }
 

@@ -35,7 +35,7 @@ identity:
   tpm: /run/swtpm.sock
   requireTPM: true
   authority: {address: "ca.example.org:8443", token: /etc/token}
-  bundles: [/etc/b.pem]
+  bundles: [b.example=/etc/b.pem]
   leafTTL: 2s
 relation: {engine: embedded, address: ""}
 modeCeiling: audit

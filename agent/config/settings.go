@@ -47,7 +47,7 @@ var settings = []setting{
 	{key: "identity.requireTPM", help: "refuse to start with a software key", bool: true, set: into(func(c *Config) *bool { return &c.Identity.RequireTPM }, boolean)},
 	{key: "identity.authority.address", help: "address of the authority, HOST:PORT", set: into(func(c *Config) *string { return &c.Identity.Authority.Address }, optional(hostPort))},
 	{key: "identity.authority.token", help: "join token, or the path of the file that holds it", set: into(func(c *Config) *Secret { return &c.Identity.Authority.Token }, secret)},
-	{key: "identity.bundles", help: "files with roots of other trust domains", list: true, setList: bundles},
+	{key: "identity.bundles", help: "roots of other trust domains, DOMAIN=FILE each", list: true, setList: bundles},
 	{key: "identity.leafTTL", help: "lifetime of a workload's certificate", set: into(func(c *Config) *time.Duration { return &c.Identity.LeafTTL }, duration(2*time.Second, 24*time.Hour))},
 	{key: "relation.engine", help: "engine of relations: embedded", set: into(func(c *Config) *string { return &c.Relation.Engine }, oneOf("embedded"))},
 	{key: "relation.address", help: "address of a relation engine elsewhere", set: into(func(c *Config) *string { return &c.Relation.Address }, optional(notSupported))},
@@ -274,12 +274,20 @@ func interfaces(c *Config, names []string) error {
 	return nil
 }
 
-func bundles(c *Config, files []string) error {
-	for _, f := range files {
-		if _, err := absolute(f); err != nil {
+func bundles(c *Config, entries []string) error {
+	c.Identity.Bundles = nil
+	for _, e := range entries {
+		domain, file, ok := strings.Cut(e, "=")
+		if !ok {
+			return fmt.Errorf("%q is not DOMAIN=FILE", e)
+		}
+		if _, err := trustDomain(domain); err != nil {
 			return err
 		}
+		if _, err := absolute(file); err != nil {
+			return err
+		}
+		c.Identity.Bundles = append(c.Identity.Bundles, Bundle{domain, file})
 	}
-	c.Identity.Bundles = files
 	return nil
 }

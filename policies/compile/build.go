@@ -21,6 +21,9 @@ type Options struct {
 	// TrustDomain is the node's own; every identity must be of it. Empty, as
 	// in a validation away from any node, any will do.
 	TrustDomain string
+	// Domains are the other trust domains whose roots the node has; nil: not
+	// known here.
+	Domains []string
 	// Node is the node's name, which derived IDs hold; "localhost" if empty.
 	Node string
 	// Tenant holds the documents to what a tenant of a cluster may say; nil
@@ -47,7 +50,7 @@ func Build(files []load.File, opt Options) (*Plan, []load.Problem) {
 // wrong.
 func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c := &compiler{
-		set: set, trustDomain: cmp.Or(opt.TrustDomain, DefaultTrustDomain), anyDomain: opt.TrustDomain == "",
+		set: set, trustDomain: cmp.Or(opt.TrustDomain, DefaultTrustDomain), anyDomain: opt.TrustDomain == "", domains: opt.Domains,
 		node: cmp.Or(opt.Node, "localhost"), now: time.Now(),
 		identities: make(map[string]*Identity), issuers: make(map[string]*Issuer), models: make(map[string]*Model), postures: make(map[string]*Posture),
 		names: make(map[reference]map[string][]string),
@@ -82,6 +85,7 @@ type compiler struct {
 	plan        *Plan
 	trustDomain string
 	anyDomain   bool
+	domains     []string // of others, nil where they are not known
 	node        string
 	now         time.Time
 	identities  map[string]*Identity // by NAMESPACE/NAME

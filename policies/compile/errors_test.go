@@ -57,6 +57,9 @@ func TestErrors(t *testing.T) {
 				liftGRPC(t)
 			}
 			opt := testOptions()
+			if name == "identity-id-unproven" {
+				opt.Domains = []string{"other.org"}
+			}
 			if strings.HasPrefix(name, "tenant-") {
 				opt.Tenant = &Tenancy{Namespace: "shop", Hosts: []string{"sso.shop.example", "10.0.0.1", "localhost"},
 					Context: func(file string) bool { return file == base.Path }}

@@ -83,6 +83,8 @@ func (c *compiler) spiffeID(id *Identity, d *identityDoc) {
 	if _, written := d.Lookup("spec", "spiffeID"); written {
 		if why := c.checkSpiffeID(explicit); why != "" {
 			c.report.Errorf(d.At("spec", "spiffeID"), "spiffeID: %s", why)
+		} else {
+			c.foreign(d, explicit)
 		}
 		id.ID = explicit
 		return
@@ -114,6 +116,20 @@ func (c *compiler) tail(id string) (string, bool) {
 	return tail, ok
 }
 
+// foreign holds an ID of another trust domain against what this node can prove.
+func (c *compiler) foreign(d *identityDoc, id string) {
+	domain, _, _ := strings.Cut(strings.TrimPrefix(id, "spiffe://"), "/")
+	if c.anyDomain || domain == c.trustDomain {
+		return
+	}
+	if _, selects := d.Lookup("spec", "select"); selects {
+		c.report.Errorf(d.At("spec", "spiffeID"), "spiffeID: is of trust domain %s, and select recognises workloads of this node, which is of %s", domain, c.trustDomain)
+	} else if c.domains != nil && !slices.Contains(c.domains, domain) {
+		c.report.Warnf(d.At("spec", "spiffeID"), "spiffeID: nobody can prove it: identity.bundles has no roots of trust domain %s%s", domain, c.report.Suggest(domain, c.domains))
+	}
+}
+
+// checkSpiffeID says what is wrong with an ID, "" where nothing is.
 func (c *compiler) checkSpiffeID(s string) string {
 	rest, ok := strings.CutPrefix(s, "spiffe://")
 	if !ok {
@@ -128,9 +144,6 @@ func (c *compiler) checkSpiffeID(s string) string {
 	}
 	if !isTrustDomain(domain) {
 		return "has a trust domain with other characters than a-z, 0-9, -, . and _"
-	}
-	if !c.anyDomain && domain != c.trustDomain {
-		return "is of trust domain " + domain + ", this node is of " + c.trustDomain
 	}
 	for segment := range strings.SplitSeq(p, "/") {
 		if !isPathSegment(segment) {

@@ -68,22 +68,33 @@ type Peer struct {
 type TrustDomain struct {
 	Name  string
 	Roots [][]byte
+	// Foreign says that it is another's: intermediates between its roots and
+	// its leaves are its own business, where in ours each must say what it may
+	// issue.
+	Foreign bool
 }
 
 // Bundle is an immutable set of roots by trust domain.
 type Bundle struct {
-	domains map[string]*x509.CertPool
+	domains map[string]*trustRoots
+}
+
+type trustRoots struct {
+	pool    *x509.CertPool
+	foreign bool
 }
 
 // NewBundle parses roots. A root must be a CA with a key that is accepted
-// of peers. Entries of one trust domain add up; one without roots (a node
-// that is not enrolled yet) trusts nobody.
+// of peers, and its key may speak for one trust domain only. Entries of one
+// trust domain add up; one without roots (a node that is not enrolled yet)
+// trusts nobody.
 func NewBundle(domains []TrustDomain) (*Bundle, error) {
 	if len(domains) > maxTrustDomains {
 		return nil, fmt.Errorf("build trust bundle: %d trust domains, at most %d", len(domains), maxTrustDomains)
 	}
-	b := &Bundle{domains: make(map[string]*x509.CertPool, len(domains))}
+	b := &Bundle{domains: make(map[string]*trustRoots, len(domains))}
 	counts := make(map[string]int, len(domains))
+	speaksFor := make(map[string]string) // domains, by a root's SubjectPublicKeyInfo
 	for _, d := range domains {
 		if err := CheckTrustDomain(d.Name); err != nil {
 			return nil, fmt.Errorf("build trust bundle: %q: %w", d.Name, err)
@@ -94,10 +105,13 @@ func NewBundle(domains []TrustDomain) (*Bundle, error) {
 		if counts[d.Name] += len(d.Roots); counts[d.Name] > maxRoots {
 			return nil, fmt.Errorf("build trust bundle: trust domain %s has %d roots, at most %d", d.Name, counts[d.Name], maxRoots)
 		}
-		pool := b.domains[d.Name]
-		if pool == nil {
-			pool = x509.NewCertPool()
-			b.domains[d.Name] = pool
+		roots := b.domains[d.Name]
+		if roots == nil {
+			roots = &trustRoots{x509.NewCertPool(), d.Foreign}
+			b.domains[d.Name] = roots
+		}
+		if roots.foreign != d.Foreign {
+			return nil, fmt.Errorf("build trust bundle: %s is the node's own trust domain and another's", d.Name)
 		}
 		for _, der := range d.Roots {
 			root, err := x509.ParseCertificate(der)
@@ -110,7 +124,12 @@ func NewBundle(domains []TrustDomain) (*Bundle, error) {
 			if err := checkKey(root.PublicKey); err != nil {
 				return nil, fmt.Errorf("build trust bundle: root %q of %s: %w", root.Subject, d.Name, err)
 			}
-			pool.AddCert(root)
+			key := string(root.RawSubjectPublicKeyInfo)
+			if other, ok := speaksFor[key]; ok && other != d.Name {
+				return nil, fmt.Errorf("build trust bundle: the key of root %q would speak for both %s and %s", root.Subject, other, d.Name)
+			}
+			speaksFor[key] = d.Name
+			roots.pool.AddCert(root)
 		}
 	}
 	return b, nil
@@ -283,7 +302,7 @@ func prove(chain []*x509.Certificate, role Role, bundle *Bundle, now time.Time) 
 	}
 	// Time has reasons of its own and is asked at each use; here the chain
 	// is built as of a moment at which it can hold.
-	path, err := buildPath(chain, roots, role, now)
+	path, err := buildPath(chain, roots.pool, role, now)
 	if err != nil {
 		return nil, err
 	}
@@ -302,6 +321,8 @@ func prove(chain []*x509.Certificate, role Role, bundle *Bundle, now time.Time) 
 		switch {
 		case err != nil:
 			return nil, err
+		case !found && roots.foreign:
+			continue
 		case !found:
 			return nil, refuse(flow.ReasonScope, "the intermediate %q lists no scope", c.Subject)
 		case !scope.Permits(p.peer.ID):

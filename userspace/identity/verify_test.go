@@ -413,12 +413,14 @@ func TestNewBundleRefuses(t *testing.T) {
 		domains []TrustDomain
 		want    string
 	}{
-		"name":     {[]TrustDomain{{"TD", [][]byte{good}}}, "in trust domain"},
-		"many":     {[]TrustDomain{{"td", [][]byte{good}}, {"td", make([][]byte, maxRoots)}}, "65 roots"},
-		"not DER":  {[]TrustDomain{{"td", [][]byte{{1}}}}, "root of td"},
-		"leaf":     {[]TrustDomain{{"td", [][]byte{root.leaf(t, testID, nil)[0].Raw}}}, "not a CA"},
-		"weak key": {[]TrustDomain{{"td", [][]byte{certify(t, weak, weak, p224.Public(), p224).Raw}}}, "P-224"},
+		"name":     {[]TrustDomain{{Name: "TD", Roots: [][]byte{good}}}, "in trust domain"},
+		"many":     {[]TrustDomain{{Name: "td", Roots: [][]byte{good}}, {Name: "td", Roots: make([][]byte, maxRoots)}}, "65 roots"},
+		"not DER":  {[]TrustDomain{{Name: "td", Roots: [][]byte{{1}}}}, "root of td"},
+		"leaf":     {[]TrustDomain{{Name: "td", Roots: [][]byte{root.leaf(t, testID, nil)[0].Raw}}}, "not a CA"},
+		"weak key": {[]TrustDomain{{Name: "td", Roots: [][]byte{certify(t, weak, weak, p224.Public(), p224).Raw}}}, "P-224"},
 		"domains":  {make([]TrustDomain, maxTrustDomains+1), "at most 256"},
+		"two":      {[]TrustDomain{{Name: "td", Roots: [][]byte{good}}, {Name: "other", Roots: [][]byte{good}, Foreign: true}}, "would speak for both td and other"},
+		"both":     {[]TrustDomain{{Name: "td", Roots: [][]byte{good}}, {Name: "td", Roots: [][]byte{newRoot(t).cert.Raw}, Foreign: true}}, "own trust domain and another's"},
 	} {
 		if _, err := NewBundle(c.domains); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v; want %q", name, err, c.want)
@@ -426,10 +428,43 @@ func TestNewBundleRefuses(t *testing.T) {
 	}
 }
 
+// TestForeignTrustDomain holds what of another trust domain is another's
+// business, and what is not.
+func TestForeignTrustDomain(t *testing.T) {
+	ours, theirs := newRoot(t), newRoot(t)
+	const theirID = "spiffe://partner/billing"
+	v := NewVerifier(VerifierOptions{Bundle: bundleOf(t,
+		TrustDomain{Name: "td", Roots: [][]byte{ours.cert.Raw}}, TrustDomain{Name: "partner", Roots: [][]byte{theirs.cert.Raw}, Foreign: true})})
+	plain := theirs.intermediate(t, nil, nil)
+	for name, c := range map[string]struct {
+		chain []*x509.Certificate
+		want  flow.Reason
+	}{
+		"by its root":                      {theirs.leaf(t, theirID, nil), flow.ReasonOK},
+		"by an intermediate without scope": {plain.leaf(t, theirID, nil), flow.ReasonOK},
+		"by an intermediate in its scope":  {theirs.intermediate(t, &Scope{Node: "n", IDs: []string{theirID}}, nil).leaf(t, theirID, nil), flow.ReasonOK},
+		"outside of it":                    {theirs.intermediate(t, &Scope{Node: "n", IDs: []string{"spiffe://partner/x"}}, nil).leaf(t, theirID, nil), flow.ReasonScope},
+		"one of ours, by their root":       {theirs.leaf(t, testID, nil), flow.ReasonCertUntrusted},
+		"one of ours, by their node":       {plain.leaf(t, testID, nil), flow.ReasonCertUntrusted},
+		"one of theirs, by our root":       {ours.leaf(t, theirID, nil), flow.ReasonCertUntrusted},
+		"ours, by a node without scope":    {ours.intermediate(t, nil, nil).leaf(t, testID, nil), flow.ReasonScope},
+		"of a third":                       {theirs.leaf(t, "spiffe://third/x", nil), flow.ReasonCertTrustDomain},
+	} {
+		peer, err := v.Verify(c.chain, RoleClient, testNow)
+		reason, _ := ReasonOf(err)
+		if err == nil {
+			reason = flow.ReasonOK
+		}
+		if reason != c.want {
+			t.Errorf("%s: %v as %+v, want %s", name, err, peer, c.want)
+		}
+	}
+}
+
 func TestBundleAddsUp(t *testing.T) {
 	one, two := newRoot(t), newRoot(t)
 	verifier := NewVerifier(VerifierOptions{Bundle: bundleOf(t,
-		TrustDomain{"td", [][]byte{one.cert.Raw}}, TrustDomain{"none", nil}, TrustDomain{"td", [][]byte{two.cert.Raw}})})
+		TrustDomain{Name: "td", Roots: [][]byte{one.cert.Raw}}, TrustDomain{Name: "none", Roots: nil}, TrustDomain{Name: "td", Roots: [][]byte{two.cert.Raw}})})
 	for _, root := range []*testCA{one, two} {
 		if _, err := verifier.Verify(root.leaf(t, testID, nil), RoleClient, testNow); err != nil {
 			t.Error(err)

@@ -1333,11 +1333,13 @@ func (x *Addresses) GetNetns() []*NetnsAddresses {
 	return nil
 }
 
-// TrustDomain holds the DER roots of one trust domain.
+// TrustDomain holds the DER roots of one trust domain; foreign is one that is
+// not the node's own.
 type TrustDomain struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Roots         [][]byte               `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`
+	Foreign       bool                   `protobuf:"varint,3,opt,name=foreign,proto3" json:"foreign,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1384,6 +1386,13 @@ func (x *TrustDomain) GetRoots() [][]byte {
 		return x.Roots
 	}
 	return nil
+}
+
+func (x *TrustDomain) GetForeign() bool {
+	if x != nil {
+		return x.Foreign
+	}
+	return false
 }
 
 // Trust replaces the trust bundle.
@@ -2797,10 +2806,11 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\fnetns_cookie\x18\x01 \x01(\x04R\vnetnsCookie\x12\x1c\n" +
 	"\taddresses\x18\x02 \x03(\fR\taddresses\"A\n" +
 	"\tAddresses\x124\n" +
-	"\x05netns\x18\x01 \x03(\v2\x1e.sallyport.line.NetnsAddressesR\x05netns\"7\n" +
+	"\x05netns\x18\x01 \x03(\v2\x1e.sallyport.line.NetnsAddressesR\x05netns\"Q\n" +
 	"\vTrustDomain\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05roots\x18\x02 \x03(\fR\x05roots\"^\n" +
+	"\x05roots\x18\x02 \x03(\fR\x05roots\x12\x18\n" +
+	"\aforeign\x18\x03 \x01(\bR\aforeign\"^\n" +
 	"\x05Trust\x125\n" +
 	"\adomains\x18\x01 \x03(\v2\x1b.sallyport.line.TrustDomainR\adomains\x12\x1e\n" +
 	"\n" +

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// pki is somebody else's certificate authority, made by OpenSSL.
+type pki struct {
+	t   *testing.T
+	dir string
+}
+
+func newPKI(t *testing.T) *pki {
+	t.Helper()
+	p := &pki{t, folder(t)}
+	p.openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=partner root",
+		"-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign", "-keyout", p.path("root.key"), "-out", p.path("root.pem"))
+	return p
+}
+
+func (p *pki) path(name string) string { return filepath.Join(p.dir, name) }
+
+func (p *pki) openssl(args ...string) {
+	p.t.Helper()
+	if out, err := exec.Command("openssl", args...).CombinedOutput(); err != nil {
+		p.t.Fatalf("openssl %q: %v: %s", args, err, out)
+	}
+}
+
+// issue makes a certificate signed by another of these, with its chain; a CA
+// where extensions say so.
+func (p *pki) issue(name, by, subject, extensions string) {
+	p.t.Helper()
+	file := p.path(name + ".ext")
+	if err := os.WriteFile(file, []byte(extensions), 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+	p.openssl("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", subject, "-keyout", p.path(name+".key"), "-out", p.path(name+".csr"))
+	p.openssl("x509", "-req", "-in", p.path(name+".csr"), "-CA", p.path(by+".pem"), "-CAkey", p.path(by+".key"), "-CAcreateserial", "-days", "1",
+		"-extfile", file, "-out", p.path(name+".pem"))
+	chain, err := os.ReadFile(p.path(name + ".pem"))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if by != "root" {
+		above, err := os.ReadFile(p.path(by + ".pem"))
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		chain = append(chain, above...)
+	}
+	if err := os.WriteFile(p.path(name+".chain"), chain, 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+const leafOf = "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=clientAuth\nsubjectAltName="
+
+// TestPartner lets a caller without an agent in, by a certificate of its own
+// authority, as far as its rule goes; and nobody else by that authority.
+func TestPartner(t *testing.T) {
+	require(t, "nginx", "curl", "openssl")
+	t.Parallel()
+	theirs, others := newPKI(t), newPKI(t)
+	theirs.issue("ca2", "root", "/CN=partner issuing", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n")
+	theirs.issue("billing", "ca2", "/CN=billing", leafOf+"URI:spiffe://partner.example/billing\n")
+	theirs.issue("crm", "root", "/CN=crm", leafOf+"URI:spiffe://partner.example/crm\n")
+	theirs.issue("noid", "root", "/CN=billing.partner.example", leafOf+"DNS:billing.partner.example\n")
+	others.issue("forged", "root", "/CN=billing", leafOf+"URI:spiffe://partner.example/billing\n")
+
+	n, stranger := one(t)
+	theirs.issue("ours", "root", "/CN=client", leafOf+"URI:"+n.id("client")+"\n")
+	n.identity = "identity: {tpm: none, bundles: [" + `"partner.example=` + theirs.path("root.pem") + `"]}`
+	n.policy("shop.yaml", strings.Replace(shopIn("enforce"), `{name: write, from: [client]`, `{name: partner, from: [billing], http: ["GET /files/{name}"]}
+    - {name: write, from: [client]`, 1)+`---
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: billing, namespace: shop}
+spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billing", mayCall: [web]}
+`)
+	w := startNginx(t, n.group("web"), n.ns, 8080)
+	n.start()
+	act(t, n.group("client"), n.ns, "idle").line(t)
+	n.served("client", "web")
+
+	const url = "https://" + addrB + ":8080"
+	as := func(p *pki, name string) []string {
+		return []string{"-k", "--cert", p.path(name + ".chain"), "--key", p.path(name + ".key")}
+	}
+	from := n.mark()
+	if got := code(t, "", stranger, url+"/files/hello", as(theirs, "billing")...); got != "200" {
+		t.Fatalf("the partner got %s", got)
+	}
+	if r := n.decided(from, "the partner's call", func(r *record) bool { return r.Source == "spiffe://partner.example/billing" }); r.Decision != "allow" || r.Channel != "tls" {
+		t.Errorf("the partner's call is recorded as %+v", r)
+	}
+	served := w.accesses()
+	for _, c := range []struct {
+		who    string
+		args   []string
+		path   string
+		reason string // of the record
+		want   string // what the caller gets; "" for a connection that ends
+	}{
+		{"the partner, for what its rule does not say", as(theirs, "billing"), "/nothing", "no_rule", "403 no_rule"},
+		{"another of the partner's, whom no policy knows", as(theirs, "crm"), "/files/hello", "unknown_identity", "403 unknown_identity"},
+		{"the partner, by another authority", as(others, "forged"), "/files/hello", "cert_untrusted", ""},
+		{"one of ours, by the partner's authority", as(theirs, "ours"), "/files/hello", "cert_untrusted", ""},
+		{"the partner, without an ID", as(theirs, "noid"), "/files/hello", "cert_no_id", ""},
+		{"nobody", []string{"-k"}, "/files/hello", "", ""},
+	} {
+		from := n.mark()
+		got := code(t, "", stranger, url+c.path, c.args...)
+		if c.want != "" && got != c.want || c.want == "" && !strings.HasPrefix(got, "refused: ") && !strings.HasPrefix(got, "403") {
+			t.Errorf("%s got %s, want %s", c.who, got, c.want)
+		}
+		if c.reason != "" {
+			n.decided(from, c.who, func(r *record) bool { return r.Reason == c.reason && r.Decision == "deny" })
+		}
+	}
+	if now := w.accesses(); now != served {
+		t.Errorf("nginx was reached %d times by what was refused", now-served)
+	}
+}
