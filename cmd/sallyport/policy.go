@@ -19,7 +19,7 @@ import (
 
 func newPolicy() *cobra.Command {
 	c := &cobra.Command{Use: "policy", Short: "Work with policy files"}
-	c.AddCommand(newValidate(), newPolicyTest(), newPolicySchema(), newPolicyExplain(), newPolicyDiff())
+	c.AddCommand(newValidate(), newPolicyNew(), newPolicyTest(), newPolicySchema(), newPolicyExplain(), newPolicyDiff())
 	return c
 }
 

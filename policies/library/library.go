@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package library holds example policies to start from. Each folder is a
-// whole set, as it would lie in the policy folder; tests load every one and
-// hold its decisions against what its comments say.
+// whole set, as it would lie in the policy folder, with its tests and a page
+// that says what it is for.
 package library
 
 import (
 	"embed"
+	"fmt"
 	"io/fs"
 	"path"
 	"slices"
+	"strings"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
 )
 
-//go:embed */*.yaml */*.fga
+//go:embed */*.yaml */*.fga */README.md
 var examples embed.FS
 
 // Names returns the examples' names, sorted.
@@ -30,20 +32,41 @@ func Names() []string {
 	return slices.Sorted(slices.Values(names))
 }
 
-// Files returns an example's files, by the names that a policy folder would
-// give them.
+// Files returns an example's files, by the names that a folder would give
+// them: policies, what belongs to them, tests and README.md. It fails with
+// fs.ErrNotExist.
 func Files(name string) ([]load.File, error) {
 	entries, err := fs.ReadDir(examples, name)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read example: %w", err)
 	}
 	var files []load.File
 	for _, e := range entries {
 		content, err := fs.ReadFile(examples, path.Join(name, e.Name()))
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("read example: %w", err)
 		}
 		files = append(files, load.File{Path: e.Name(), Content: content})
 	}
 	return files, nil
+}
+
+// Policies returns those of an example's files that a policy folder reads.
+func Policies(name string) ([]load.File, error) {
+	files, err := Files(name)
+	return slices.DeleteFunc(files, func(f load.File) bool { return !load.IsPolicyFile(f.Path) }), err
+}
+
+// Summary returns what the example is for: what its page says up to the first
+// stop or colon.
+func Summary(name string) string {
+	page, err := fs.ReadFile(examples, path.Join(name, "README.md"))
+	if err != nil {
+		return ""
+	}
+	_, text, _ := strings.Cut(string(page), "\n\n")
+	paragraph, _, _ := strings.Cut(text, "\n\n")
+	sentence, _, _ := strings.Cut(strings.Join(strings.Fields(paragraph), " "), ". ")
+	sentence, _, _ = strings.Cut(sentence, ": ")
+	return strings.TrimSuffix(sentence, ".")
 }

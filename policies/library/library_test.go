@@ -3,16 +3,23 @@
 package library_test
 
 import (
+	"errors"
+	"io/fs"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/policies/library"
+	"github.com/sallyport-dev/sallyport/policies/load"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/relation"
+	"github.com/sallyport-dev/sallyport/userspace/trial"
 )
 
 func build(t *testing.T, name string) *compile.Plan {
 	t.Helper()
-	files, err := library.Files(name)
+	files, err := library.Policies(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,48 +53,74 @@ func TestEveryExampleBuildsWithoutProblems(t *testing.T) {
 	}
 }
 
-func TestPayments(t *testing.T) {
-	plan := build(t, "payments")
-	checkout, payments := identity(t, plan, "shop/checkout"), identity(t, plan, "shop/payments")
-	if checkout.ID != "spiffe://shop.example/node/host-1/unit/checkout.service" {
-		t.Errorf("ID %s", checkout.ID)
+// TestEveryExampleHoldsItsTests runs the tests that lie in each example; every
+// rule has a case.
+func TestEveryExampleHoldsItsTests(t *testing.T) {
+	for _, name := range library.Names() {
+		t.Run(name, func(t *testing.T) {
+			plan := build(t, name)
+			if !relation.Built && len(plan.Models()) > 0 {
+				t.Skip("built without the relation engine")
+			}
+			files, err := library.Files(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tr, err := trial.New(t.Context(), plan, time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tr.Close()
+			var coverage trial.Coverage
+			cases := 0
+			for _, f := range files {
+				if !load.IsTestFile(f.Path) {
+					continue
+				}
+				tests, problems := tr.Tests(f)
+				for _, p := range problems {
+					t.Error(p)
+				}
+				for _, one := range tests {
+					cases++
+					r, err := tr.Run(t.Context(), one)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if r.Differs != "" {
+						t.Errorf("%s: %s", one.Name, r.Differs)
+					}
+					coverage.Add(&r.Outcome.Decision)
+				}
+			}
+			missing, rules := coverage.Missing(plan)
+			if len(missing) > 0 || cases < rules+1 {
+				t.Errorf("%d cases for %d rules, none for %v", cases, rules, missing)
+			}
+		})
 	}
-	api := plan.API(payments, 8080)
-	if api == nil || plan.Claimed(payments.Endpoints[0]) != payments {
-		t.Fatal("nothing protects the endpoint")
-	}
-	if _, decided := api.IdentityOnly(checkout); decided {
-		t.Error("identity alone decides")
-	}
-	for _, c := range []struct {
-		src                *compile.Identity
-		host, method, path string
-		rule               string
-	}{
-		{checkout, "pay.shop.example", "POST", "/v1/payments", "create-payment"},
-		{checkout, "pay.shop.example", "GET", "/v1/payments/p-1", "read-payment"},
-		{checkout, "other.example", "POST", "/v1/payments", ""},
-		{checkout, "pay.shop.example", "DELETE", "/v1/payments/p-1", ""},
-		{payments, "pay.shop.example", "POST", "/v1/payments", ""},
-		{nil, "pay.shop.example", "POST", "/v1/payments", ""},
-		{checkout, "pay.shop.example", "GET", "/debug/vars", "no-debug"},
-		{checkout, "any.example", "GET", "/%64ebug/vars", "no-debug"},
-	} {
-		var m compile.Matches
-		api.Match(&m, c.src, c.host, c.method, c.path)
-		got := ""
-		if len(m.Rules) > 0 {
-			got = m.Rules[0].Rule.Name
+}
+
+// TestEveryExampleHasAPage holds that who starts from an example is told what
+// it is for and what to change.
+func TestEveryExampleHasAPage(t *testing.T) {
+	for _, name := range library.Names() {
+		files, err := library.Files(name)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if got != c.rule {
-			t.Errorf("%s %s%s: rule %q, want %q", c.method, c.host, c.path, got, c.rule)
+		page := ""
+		for _, f := range files {
+			if f.Path == "README.md" {
+				page = string(f.Content)
+			}
+		}
+		if !strings.HasPrefix(page, "# "+name+"\n\n") || len(library.Summary(name)) < 30 || len(page) < 200 {
+			t.Errorf("%s: %q: %s", name, library.Summary(name), page)
 		}
 	}
-	if len(api.Headers) != 1 || api.Headers[0] != "x-account" {
-		t.Errorf("headers %v", api.Headers)
-	}
-	if len(plan.Tuples()) != 3 || plan.Tuples()[0].Model.FullName() != "shop/shop" {
-		t.Errorf("tuples %v", plan.Tuples())
+	if _, err := library.Files("nothing"); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
 	}
 }
 
