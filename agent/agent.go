@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/agent/appcerts"
 	"github.com/sallyport-dev/sallyport/agent/config"
 	"github.com/sallyport-dev/sallyport/agent/control"
 	"github.com/sallyport-dev/sallyport/agent/datapath"
@@ -63,17 +64,18 @@ type Agent struct {
 	log     *slog.Logger
 	started time.Time
 
-	health  *metrics.Health
-	metrics *metrics.Metrics
-	hub     *control.Hub
-	kernel  *loader.Kernel
-	dp      *datapath.Datapath
-	ca      *identity.CA
-	revoked *revocations.Store
-	keys    *keys.Fetcher
-	watch   *watch.Watcher
-	finder  *workload.Recogniser
-	super   *supervise.Supervisor
+	health   *metrics.Health
+	metrics  *metrics.Metrics
+	hub      *control.Hub
+	kernel   *loader.Kernel
+	dp       *datapath.Datapath
+	ca       *identity.CA
+	revoked  *revocations.Store
+	keys     *keys.Fetcher
+	appcerts *appcerts.Store
+	watch    *watch.Watcher
+	finder   *workload.Recogniser
+	super    *supervise.Supervisor
 
 	controls *control.Server
 	listener net.Listener // of the control API
@@ -226,6 +228,7 @@ func (a *Agent) openOn(ctx context.Context, notices io.Writer) (closers []func()
 	closers = append(closers, func() { logClose(a.log, "node key", a.ca.Close()) })
 	a.keys = keys.New(keys.Options{Deliver: a.deliverKeys, Log: a.log})
 	closers = append(closers, a.keys.Close)
+	a.appcerts = appcerts.New(nil)
 	a.finder, err = workload.New(workload.Options{Scope: a.scope, Logger: a.log})
 	if err != nil {
 		return closers, err
@@ -417,6 +420,7 @@ func (a *Agent) tick(ctx context.Context) error {
 			}
 		case <-sweep.C:
 			a.housekeep()
+			a.rereadAppCertificates()
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/agent/appcerts"
 	"github.com/sallyport-dev/sallyport/agent/datapath"
 	"github.com/sallyport-dev/sallyport/agent/keys"
 	"github.com/sallyport-dev/sallyport/agent/metrics"
@@ -125,6 +126,7 @@ func (a *Agent) reconcile(change func(*inputs)) {
 func (a *Agent) bringInForce(v *view) error {
 	var errs []error
 	a.view.Store(v)
+	a.readAppCertificates(v)
 	if s := a.session.Load(); s != nil && v.plan == a.in.plan {
 		errs = append(errs, s.sendView(v, a.in.files))
 	}
@@ -134,6 +136,31 @@ func (a *Agent) bringInForce(v *view) error {
 	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.applyState(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.applied = v.plan
 	return errors.Join(errs...)
+}
+
+// readAppCertificates reads the certificates that the view's policies name.
+func (a *Agent) readAppCertificates(v *view) {
+	var list []appcerts.Source
+	for _, api := range v.plan.APIs() {
+		if api.AppTLS == compile.AppTLSTerminate && v.local[api.Identity] {
+			list = append(list, appcerts.Source{API: api.Name, Certificate: api.Certificate, Key: api.Key})
+		}
+	}
+	a.appcerts.Set(list)
+	a.health.Check("app-certificates", metrics.Degraded, a.appcerts.Problem(), "mend the file; what was read of it before stays")
+}
+
+// rereadAppCertificates takes over what has changed in their files.
+func (a *Agent) rereadAppCertificates() {
+	a.appcerts.Reread()
+	a.health.Check("app-certificates", metrics.Degraded, a.appcerts.Problem(), "mend the file; what was read of it before stays")
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if s := a.session.Load(); s != nil && s.generation > 0 {
+		if err := s.sendAppCertificates(); err != nil {
+			a.log.Error("application certificates not sent", "err", err)
+		}
+	}
 }
 
 // maxShownChanges bounds how many changes of the kernel's state one reconcile

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -49,7 +50,7 @@ func refuse(reason flow.Reason, format string, args ...any) error {
 // concurrent says which requests need no order.
 func concurrent(m *linepb.Message) bool {
 	switch m.GetBody().(type) {
-	case *linepb.Message_Dial, *linepb.Message_Sign, *linepb.Message_Verdict:
+	case *linepb.Message_Dial, *linepb.Message_Sign, *linepb.Message_Verdict, *linepb.Message_AppSign:
 		return true
 	}
 	return false
@@ -86,6 +87,14 @@ func (s *session) handle(_ context.Context, in *line.Incoming) {
 			s.refused(metrics.LineVerdict, err)
 		}
 		in.Reply(&linepb.Message{Body: &linepb.Message_VerdictReply{VerdictReply: reply}}) //nolint:errcheck // the line has ended
+	case *linepb.Message_AppSign:
+		reply := &linepb.AppSignReply{}
+		var err error
+		if reply.Signature, err = a.appcerts.Sign(b.AppSign.GetApi(), b.AppSign.GetMessage(), crypto.Hash(b.AppSign.GetHash()), b.AppSign.GetPss()); err != nil {
+			reply.Error = err.Error()
+			s.refused(metrics.LineSign, refuse(flow.ReasonLineRefused, "%v", err))
+		}
+		in.Reply(&linepb.Message{Body: &linepb.Message_AppSignReply{AppSignReply: reply}}) //nolint:errcheck // the line has ended
 	case *linepb.Message_Decisions:
 		a.records.take(b.Decisions.GetRecords(), b.Decisions.GetLost())
 	case *linepb.Message_RefreshKeys:

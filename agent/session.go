@@ -261,6 +261,7 @@ func (s *session) sendView(v *view, files []load.File) error {
 	errs := []error{
 		s.notifyChanged("identities", &linepb.Message{Body: &linepb.Message_Identities{Identities: ids}}),
 		s.notifyChanged("addresses", &linepb.Message{Body: &linepb.Message_Addresses{Addresses: addresses}}),
+		s.sendAppCertificates(),
 	}
 	if s.generation != v.generation {
 		errs = append(errs, s.sendPolicies(v.generation, files))
@@ -274,6 +275,20 @@ func (s *session) sendView(v *view, files []load.File) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// sendAppCertificates sends what callers are shown whose TLS ends at the proxy.
+// Agent.mu is held.
+func (s *session) sendAppCertificates() error {
+	m := &linepb.AppCertificates{}
+	for _, c := range s.a.appcerts.Certificates() {
+		one := &linepb.AppCertificate{Api: c.API, Chain: c.Chain}
+		if c.Err != nil {
+			one.Error = c.Err.Error()
+		}
+		m.Certificates = append(m.Certificates, one)
+	}
+	return s.notifyChanged("application certificates", &linepb.Message{Body: &linepb.Message_AppCertificates{AppCertificates: m}})
 }
 
 // sendPolicies hands over the documents and waits a little until they are in

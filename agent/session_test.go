@@ -106,7 +106,7 @@ func TestNothingComesBeforeWhatItNeeds(t *testing.T) {
 			at[name] = len(at)
 		}
 	}
-	order := []string{"Message_Start", "Message_Maps", "Message_Trust", "Message_Revocations", "Message_Identities", "Message_Addresses", "Message_Policies", "Message_Listeners"}
+	order := []string{"Message_Start", "Message_Maps", "Message_Trust", "Message_Revocations", "Message_Identities", "Message_Addresses", "Message_AppCertificates", "Message_Policies", "Message_Listeners"}
 	for i, name := range order {
 		if n, ok := at[name]; !ok || n != i {
 			t.Errorf("%s came as number %d (%v)", name, n, at)

@@ -65,6 +65,12 @@ func (p *process) handle(ctx context.Context, in *line.Incoming) {
 		err = p.setRevocations(b.Revocations)
 	case *linepb.Message_KeySet:
 		err = p.setKeys(b.KeySet)
+	case *linepb.Message_AppCertificates:
+		var list []proxy.AppCertificate
+		for _, c := range b.AppCertificates.GetCertificates() {
+			list = append(list, proxy.AppCertificate{API: c.GetApi(), Chain: c.GetChain(), Problem: c.GetError()})
+		}
+		p.proxy.SetAppCertificates(list)
 	case *linepb.Message_Maps:
 		p.flows.set(in.TakeFDs())
 	case *linepb.Message_Drain:

@@ -46,6 +46,23 @@ func (a agent) Dial(r proxy.DialRequest, done func(fd int, reason flow.Reason, e
 	})
 }
 
+// Sign implements proxy.Agent.
+func (a agent) Sign(r proxy.SignRequest, done func([]byte, error)) {
+	m := &linepb.Message{Body: &linepb.Message_AppSign{AppSign: &linepb.AppSign{Api: r.API, Message: r.Message, Hash: uint32(r.Hash), Pss: r.PSS}}}
+	a.conn.Go(m, func(m *linepb.Message, fds []int, err error) {
+		closeAll(fds)
+		reply := m.GetAppSignReply()
+		switch {
+		case err != nil:
+			done(nil, fmt.Errorf("ask the agent: %w", err))
+		case reply.GetError() != "" || len(reply.GetSignature()) == 0:
+			done(nil, errors.New("the agent does not sign: "+reply.GetError()))
+		default:
+			done(reply.GetSignature(), nil)
+		}
+	})
+}
+
 // PutVerdict implements proxy.Agent.
 func (a agent) PutVerdict(v flow.Verdict, generation uint64) {
 	m := &linepb.Message{Body: &linepb.Message_Verdict{Verdict: &linepb.Verdict{

@@ -36,14 +36,12 @@ type AppTLS uint8
 const (
 	AppTLSNone        AppTLS = iota // plaintext; a ClientHello is refused
 	AppTLSPassthrough               // its own; only identity and SNI can be judged
+	AppTLSTerminate                 // the proxy ends the callers' for it, with the application's certificate
 )
 
 // String returns the word that policies write.
 func (t AppTLS) String() string {
-	if t == AppTLSPassthrough {
-		return "passthrough"
-	}
-	return "none"
+	return [...]string{"none", "passthrough", "terminate"}[t]
 }
 
 // MTLS says whether a caller must come over a channel that proves it.
@@ -70,8 +68,10 @@ type API struct {
 	Ports    []uint16  // ascending
 	Protocol Protocol
 	AppTLS   AppTLS
-	Mode     flow.Mode
-	MTLS     MTLS
+	// Certificate and Key are absolute paths, of AppTLSTerminate.
+	Certificate, Key string
+	Mode             flow.Mode
+	MTLS             MTLS
 	// OtherwiseAllow says that what no rule speaks of is allowed, within
 	// mayCall and what else refuses.
 	OtherwiseAllow bool

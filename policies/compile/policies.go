@@ -4,6 +4,7 @@ package compile
 
 import (
 	"net/netip"
+	"path"
 	"slices"
 	"strings"
 
@@ -102,11 +103,17 @@ func (c *compiler) protocol(a *API, d *policyDoc) {
 	if p.App != nil {
 		tls = p.App.TLS
 	}
-	if tls == "passthrough" {
+	switch tls {
+	case "passthrough":
 		a.AppTLS = AppTLSPassthrough
+	case "terminate":
+		a.AppTLS = AppTLSTerminate
 	}
+	c.certificate(a, d)
 	pos := func() load.Position { return d.At("spec", "protect", "app", "tls") }
 	switch {
+	case a.Protocol == ProtocolTLS && a.AppTLS == AppTLSTerminate:
+		c.report.Errorf(pos(), "tls: %q with protocol: tls cannot be: that is TLS which goes through; use protocol: auto, http or tcp for what is in it", tls)
 	case a.Protocol == ProtocolTLS && tls == "none":
 		c.report.Errorf(pos(), "tls: %q with protocol: tls can never be; the application speaks it or does not", tls)
 	case a.Protocol == ProtocolTLS:
@@ -115,6 +122,30 @@ func (c *compiler) protocol(a *API, d *policyDoc) {
 		a.Protocol = ProtocolTLS
 	case a.AppTLS == AppTLSPassthrough:
 		c.report.Errorf(pos(), "tls: %q with protocol: %s cannot be: what is encrypted is not read; use protocol: tls", tls, a.Protocol)
+	}
+}
+
+// certificate reads where the application's own is. The files are the agent's
+// to read: a set does not depend on what is in them.
+func (c *compiler) certificate(a *API, d *policyDoc) {
+	app := d.Value.Spec.Protect.App
+	if app == nil {
+		return
+	}
+	for _, f := range [...]struct {
+		name, path string
+		to         *string
+	}{{"certificate", app.Certificate, &a.Certificate}, {"key", app.Key, &a.Key}} {
+		pos, written := d.Lookup("spec", "protect", "app", f.name)
+		switch {
+		case !written && a.AppTLS == AppTLSTerminate:
+			c.report.Errorf(d.Key("spec", "protect", "app"), "%s is missing; with tls: terminate callers are shown a certificate", f.name)
+		case written && a.AppTLS != AppTLSTerminate:
+			c.report.Errorf(d.Key("spec", "protect", "app", f.name), "%s: goes with tls: terminate", f.name)
+		case written && (!path.IsAbs(f.path) || path.Clean(f.path) != f.path):
+			c.report.Errorf(pos, "%s: %q is not a clean absolute path", f.name, f.path)
+		}
+		*f.to = f.path
 	}
 }
 

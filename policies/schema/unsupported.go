@@ -23,12 +23,9 @@ var unsupported = map[string]bool{
 
 	"APIPolicySpec.onError=cached": true,
 	"Protect.protocol=grpc":        true,
-	"App.tls=terminate":            true,
 	"App.tls=reencrypt":            true,
 	"Rule.grpc":                    true,
 	"Rule.upgrade":                 true,
-	"App.certificate":              true,
-	"App.key":                      true,
 	"App.ca":                       true,
 	"Token.acr":                    true,
 	"Token.maxAge":                 true,

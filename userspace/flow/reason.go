@@ -32,6 +32,7 @@ const (
 	ReasonNotThisNode        Reason = "not_this_node"       // a CONNECT authority that is not protected here
 	ReasonForwardedAddress   Reason = "forwarded_address"   // a client address that is neither the peer's nor one of its identity's
 	ReasonNoFlow             Reason = "no_flow"             // a connection to our listener that the kernel did not send
+	ReasonAppCertificate     Reason = "app_certificate"     // there is no certificate to end the caller's TLS with
 )
 
 // Certificates: what userspace/identity refuses in a peer's chain.

@@ -367,7 +367,7 @@ func ParseRequest(der []byte) (*x509.CertificateRequest, error) {
 	if err != nil {
 		return nil, refuse(flow.ReasonCertMalformed, "certificate request: %v", err)
 	}
-	if err := checkKey(request.PublicKey); err != nil {
+	if err := CheckKey(request.PublicKey); err != nil {
 		return nil, refuse(flow.ReasonCertKey, "certificate request: %v", err)
 	}
 	if !acceptedSignature(request.SignatureAlgorithm) {

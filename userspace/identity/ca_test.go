@@ -365,7 +365,7 @@ func FuzzParseRequest(f *testing.F) {
 	f.Add([]byte{0x30, 0})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		request, err := ParseRequest(b)
-		if err == nil && checkKey(request.PublicKey) != nil {
+		if err == nil && CheckKey(request.PublicKey) != nil {
 			t.Errorf("accepted a request over %T", request.PublicKey)
 		}
 	})

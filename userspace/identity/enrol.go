@@ -157,7 +157,7 @@ func VerifyNode(cert *x509.Certificate, roots []*x509.Certificate, now time.Time
 	case now.Before(cert.NotBefore):
 		return Scope{}, refuse(flow.ReasonCertNotYet, "the intermediate of node %s begins at %s", scope.Node, cert.NotBefore.UTC().Format(time.RFC3339))
 	}
-	if err := checkKey(cert.PublicKey); err != nil {
+	if err := CheckKey(cert.PublicKey); err != nil {
 		return Scope{}, refuse(flow.ReasonCertKey, "the intermediate of node %s: %v", scope.Node, err)
 	}
 	if !acceptedSignature(cert.SignatureAlgorithm) {

@@ -52,6 +52,9 @@ type ServerOptions struct {
 	// Identity names the identity whose leaf a client gets. Nil goes by
 	// ServerName, which our clients send.
 	Identity func(*tls.ClientHelloInfo) (id string, err error)
+	// Certificate shows another certificate than an identity's leaf. Nil: the
+	// leaf of Identity.
+	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	// Expect says whether the client may be that identity. Nil: any.
 	Expect func(id string) bool
 	// NextProtos are the ALPN protocols, one of which must be agreed on; ""
@@ -60,6 +63,9 @@ type ServerOptions struct {
 	// Anonymous lets clients without a certificate in; PeerOf then says
 	// ReasonCertMissing.
 	Anonymous bool
+	// Unproven lets also those in whose certificate proves nothing; PeerOf then
+	// says why.
+	Unproven bool
 }
 
 // ServerConfig returns a TLS 1.3 configuration that asks for a client
@@ -93,6 +99,9 @@ type serverState struct {
 }
 
 func (s *server) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if s.Certificate != nil {
+		return s.Certificate(hello)
+	}
 	var leaf *Leaf
 	var err error
 	if s.Identity == nil {
@@ -161,7 +170,7 @@ func (s *server) verify(cs tls.ConnectionState) error {
 	if err := checkProtocol(cs, s.NextProtos); err != nil {
 		return err
 	}
-	if s.Anonymous && len(cs.PeerCertificates) == 0 {
+	if s.Unproven || s.Anonymous && len(cs.PeerCertificates) == 0 {
 		return nil
 	}
 	return verifyConnection(s.Verifier, cs, RoleClient, s.Expect)

@@ -121,7 +121,7 @@ func NewBundle(domains []TrustDomain) (*Bundle, error) {
 			if !root.IsCA || !root.BasicConstraintsValid {
 				return nil, fmt.Errorf("build trust bundle: root %q of %s is not a CA", root.Subject, d.Name)
 			}
-			if err := checkKey(root.PublicKey); err != nil {
+			if err := CheckKey(root.PublicKey); err != nil {
 				return nil, fmt.Errorf("build trust bundle: root %q of %s: %w", root.Subject, d.Name, err)
 			}
 			key := string(root.RawSubjectPublicKeyInfo)
@@ -286,7 +286,7 @@ func prove(chain []*x509.Certificate, role Role, bundle *Bundle, now time.Time) 
 	}
 	p.peer.ID = id.String()
 	for i, c := range chain {
-		if err := checkKey(c.PublicKey); err != nil {
+		if err := CheckKey(c.PublicKey); err != nil {
 			return nil, refuse(flow.ReasonCertKey, "certificate %d: %v", i, err)
 		}
 		if !acceptedSignature(c.SignatureAlgorithm) {
@@ -383,7 +383,9 @@ func checkUsage(leaf *x509.Certificate, role Role) error {
 	return refuse(flow.ReasonCertExtKeyUsage, "extKeyUsage without %sAuth", role)
 }
 
-func checkKey(key any) error {
+// CheckKey says why a public key is not accepted, nil where it is: P-256, P-384,
+// Ed25519 and RSA of 2048 to 8192 bits are.
+func CheckKey(key any) error {
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:
 		if k.Curve == elliptic.P256() || k.Curve == elliptic.P384() {

@@ -43,6 +43,9 @@ type Agent interface {
 	// from any goroutine, and owns fd, which is -1 where err is not nil; reason
 	// is then why, ReasonOK if the agent gave none.
 	Dial(r DialRequest, done func(fd int, reason flow.Reason, err error))
+	// Sign asks for a signature with an application's key. done is called once,
+	// from any goroutine.
+	Sign(r SignRequest, done func(signature []byte, err error))
 	// PutVerdict asks for a verdict in the kernel. generation is that of the
 	// plan it rests on.
 	PutVerdict(v flow.Verdict, generation uint64)

@@ -42,6 +42,7 @@ type call struct {
 	peer      flow.Peer
 	dst       netip.AddrPort
 	targetID  string
+	ended     bool // endTLS was there already
 
 	resolved   bool
 	generation uint64
@@ -358,6 +359,8 @@ func abort(s netloop.Stream) {
 	case *peeked:
 		abort(v.Stream)
 	case *guarded:
+		abort(v.Stream)
+	case *appConn:
 		abort(v.Stream)
 	case *tls.Conn:
 		if inner, ok := v.NetConn().(netloop.Stream); ok {

@@ -176,7 +176,7 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 		return
 	}
 	defer p.give("")
-	if api.AppTLS != compile.AppTLSPassthrough && c.detect(p.opt.Detect, false) == spokenTLS {
+	if api.AppTLS == compile.AppTLSNone && c.detect(p.opt.Detect, false) == spokenTLS {
 		c.resolve()
 		if !c.enforced() && !c.meant(v) {
 			c.cutOff(flow.ReasonTLSInApp, errHello.Error())

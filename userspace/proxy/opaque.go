@@ -134,6 +134,9 @@ func (c *call) serve() {
 		c.serveOpaque(flow.ProtocolTCP)
 		return
 	}
+	if !c.endTLS() {
+		return
+	}
 	switch c.api.Protocol {
 	case compile.ProtocolHTTP:
 		if c.accept() != nil {

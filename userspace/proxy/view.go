@@ -33,6 +33,7 @@ type view struct {
 	generation uint64
 	local      []LocalIdentity
 	addresses  []NetnsAddresses
+	apps       map[string]*appTLS // by the name of the API
 
 	ids     map[flow.IdentityNumber]string
 	numbers map[string]flow.IdentityNumber // by ID

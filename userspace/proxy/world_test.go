@@ -179,6 +179,8 @@ type node struct {
 	dials    []DialRequest
 	verdicts []flow.Verdict
 	flows    map[uint16]flow.Flow // by the outbound listener's port
+	// signer has the applications' keys; nil refuses.
+	signer func(SignRequest) ([]byte, error)
 }
 
 type nodeOptions struct {
@@ -274,6 +276,20 @@ func (n *node) Dial(r DialRequest, done func(int, flow.Reason, error)) {
 			return
 		}
 		done(fd, flow.ReasonOK, nil)
+	}()
+}
+
+// Sign implements Agent.
+func (n *node) Sign(r SignRequest, done func([]byte, error)) {
+	n.mu.Lock()
+	signer := n.signer
+	n.mu.Unlock()
+	go func() {
+		if signer == nil {
+			done(nil, errors.New("no key"))
+			return
+		}
+		done(signer(r))
 	}()
 }
 

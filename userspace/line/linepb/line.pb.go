@@ -160,6 +160,7 @@ type Message struct {
 	//	*Message_Drain
 	//	*Message_Maps
 	//	*Message_Explain
+	//	*Message_AppCertificates
 	//	*Message_Ready
 	//	*Message_Dial
 	//	*Message_Sign
@@ -167,6 +168,7 @@ type Message struct {
 	//	*Message_Decisions
 	//	*Message_RefreshKeys
 	//	*Message_Revoke
+	//	*Message_AppSign
 	//	*Message_PoliciesReply
 	//	*Message_RelationReply
 	//	*Message_StatusReply
@@ -174,6 +176,7 @@ type Message struct {
 	//	*Message_SignReply
 	//	*Message_VerdictReply
 	//	*Message_ExplainReply
+	//	*Message_AppSignReply
 	Body          isMessage_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -377,6 +380,15 @@ func (x *Message) GetExplain() *ExplainRequest {
 	return nil
 }
 
+func (x *Message) GetAppCertificates() *AppCertificates {
+	if x != nil {
+		if x, ok := x.Body.(*Message_AppCertificates); ok {
+			return x.AppCertificates
+		}
+	}
+	return nil
+}
+
 func (x *Message) GetReady() *Ready {
 	if x != nil {
 		if x, ok := x.Body.(*Message_Ready); ok {
@@ -435,6 +447,15 @@ func (x *Message) GetRevoke() *Revoke {
 	if x != nil {
 		if x, ok := x.Body.(*Message_Revoke); ok {
 			return x.Revoke
+		}
+	}
+	return nil
+}
+
+func (x *Message) GetAppSign() *AppSign {
+	if x != nil {
+		if x, ok := x.Body.(*Message_AppSign); ok {
+			return x.AppSign
 		}
 	}
 	return nil
@@ -503,6 +524,15 @@ func (x *Message) GetExplainReply() *ExplainReply {
 	return nil
 }
 
+func (x *Message) GetAppSignReply() *AppSignReply {
+	if x != nil {
+		if x, ok := x.Body.(*Message_AppSignReply); ok {
+			return x.AppSignReply
+		}
+	}
+	return nil
+}
+
 type isMessage_Body interface {
 	isMessage_Body()
 }
@@ -564,6 +594,10 @@ type Message_Explain struct {
 	Explain *ExplainRequest `protobuf:"bytes,23,opt,name=explain,proto3,oneof"` // request
 }
 
+type Message_AppCertificates struct {
+	AppCertificates *AppCertificates `protobuf:"bytes,24,opt,name=app_certificates,json=appCertificates,proto3,oneof"`
+}
+
 type Message_Ready struct {
 	// userspace -> agent
 	Ready *Ready `protobuf:"bytes,40,opt,name=ready,proto3,oneof"`
@@ -591,6 +625,10 @@ type Message_RefreshKeys struct {
 
 type Message_Revoke struct {
 	Revoke *Revoke `protobuf:"bytes,46,opt,name=revoke,proto3,oneof"`
+}
+
+type Message_AppSign struct {
+	AppSign *AppSign `protobuf:"bytes,47,opt,name=app_sign,json=appSign,proto3,oneof"` // request
 }
 
 type Message_PoliciesReply struct {
@@ -622,6 +660,10 @@ type Message_ExplainReply struct {
 	ExplainReply *ExplainReply `protobuf:"bytes,66,opt,name=explain_reply,json=explainReply,proto3,oneof"`
 }
 
+type Message_AppSignReply struct {
+	AppSignReply *AppSignReply `protobuf:"bytes,67,opt,name=app_sign_reply,json=appSignReply,proto3,oneof"`
+}
+
 func (*Message_Start) isMessage_Body() {}
 
 func (*Message_Policies) isMessage_Body() {}
@@ -650,6 +692,8 @@ func (*Message_Maps) isMessage_Body() {}
 
 func (*Message_Explain) isMessage_Body() {}
 
+func (*Message_AppCertificates) isMessage_Body() {}
+
 func (*Message_Ready) isMessage_Body() {}
 
 func (*Message_Dial) isMessage_Body() {}
@@ -664,6 +708,8 @@ func (*Message_RefreshKeys) isMessage_Body() {}
 
 func (*Message_Revoke) isMessage_Body() {}
 
+func (*Message_AppSign) isMessage_Body() {}
+
 func (*Message_PoliciesReply) isMessage_Body() {}
 
 func (*Message_RelationReply) isMessage_Body() {}
@@ -677,6 +723,8 @@ func (*Message_SignReply) isMessage_Body() {}
 func (*Message_VerdictReply) isMessage_Body() {}
 
 func (*Message_ExplainReply) isMessage_Body() {}
+
+func (*Message_AppSignReply) isMessage_Body() {}
 
 // Start is the first message of all.
 type Start struct {
@@ -1640,6 +1688,234 @@ func (x *KeySet) GetError() string {
 	return ""
 }
 
+// AppCertificates replaces what callers of APIs with app.tls: terminate are
+// shown.
+type AppCertificates struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificates  []*AppCertificate      `protobuf:"bytes,1,rep,name=certificates,proto3" json:"certificates,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppCertificates) Reset() {
+	*x = AppCertificates{}
+	mi := &file_linepb_line_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppCertificates) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppCertificates) ProtoMessage() {}
+
+func (x *AppCertificates) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppCertificates.ProtoReflect.Descriptor instead.
+func (*AppCertificates) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *AppCertificates) GetCertificates() []*AppCertificate {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+type AppCertificate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Api           string                 `protobuf:"bytes,1,opt,name=api,proto3" json:"api,omitempty"`     // namespace/name of the APIPolicy
+	Chain         [][]byte               `protobuf:"bytes,2,rep,name=chain,proto3" json:"chain,omitempty"` // DER, leaf first
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"` // why there is none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppCertificate) Reset() {
+	*x = AppCertificate{}
+	mi := &file_linepb_line_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppCertificate) ProtoMessage() {}
+
+func (x *AppCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppCertificate.ProtoReflect.Descriptor instead.
+func (*AppCertificate) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *AppCertificate) GetApi() string {
+	if x != nil {
+		return x.Api
+	}
+	return ""
+}
+
+func (x *AppCertificate) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *AppCertificate) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// AppSign asks for the signature of a TLS 1.3 handshake with an application's
+// key; the agent signs nothing else.
+type AppSign struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Api           string                 `protobuf:"bytes,1,opt,name=api,proto3" json:"api,omitempty"`
+	Message       []byte                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"` // what a server signs, RFC 8446 section 4.4.3
+	Hash          uint32                 `protobuf:"varint,3,opt,name=hash,proto3" json:"hash,omitempty"`      // crypto.Hash, 0 for Ed25519
+	Pss           bool                   `protobuf:"varint,4,opt,name=pss,proto3" json:"pss,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppSign) Reset() {
+	*x = AppSign{}
+	mi := &file_linepb_line_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppSign) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppSign) ProtoMessage() {}
+
+func (x *AppSign) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppSign.ProtoReflect.Descriptor instead.
+func (*AppSign) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *AppSign) GetApi() string {
+	if x != nil {
+		return x.Api
+	}
+	return ""
+}
+
+func (x *AppSign) GetMessage() []byte {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *AppSign) GetHash() uint32 {
+	if x != nil {
+		return x.Hash
+	}
+	return 0
+}
+
+func (x *AppSign) GetPss() bool {
+	if x != nil {
+		return x.Pss
+	}
+	return false
+}
+
+type AppSignReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Signature     []byte                 `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppSignReply) Reset() {
+	*x = AppSignReply{}
+	mi := &file_linepb_line_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppSignReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppSignReply) ProtoMessage() {}
+
+func (x *AppSignReply) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppSignReply.ProtoReflect.Descriptor instead.
+func (*AppSignReply) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *AppSignReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *AppSignReply) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
 type Tuple struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
@@ -1651,7 +1927,7 @@ type Tuple struct {
 
 func (x *Tuple) Reset() {
 	*x = Tuple{}
-	mi := &file_linepb_line_proto_msgTypes[18]
+	mi := &file_linepb_line_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1663,7 +1939,7 @@ func (x *Tuple) String() string {
 func (*Tuple) ProtoMessage() {}
 
 func (x *Tuple) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[18]
+	mi := &file_linepb_line_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1676,7 +1952,7 @@ func (x *Tuple) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tuple.ProtoReflect.Descriptor instead.
 func (*Tuple) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{18}
+	return file_linepb_line_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Tuple) GetUser() string {
@@ -1713,7 +1989,7 @@ type RelationRequest struct {
 
 func (x *RelationRequest) Reset() {
 	*x = RelationRequest{}
-	mi := &file_linepb_line_proto_msgTypes[19]
+	mi := &file_linepb_line_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1725,7 +2001,7 @@ func (x *RelationRequest) String() string {
 func (*RelationRequest) ProtoMessage() {}
 
 func (x *RelationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[19]
+	mi := &file_linepb_line_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1738,7 +2014,7 @@ func (x *RelationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelationRequest.ProtoReflect.Descriptor instead.
 func (*RelationRequest) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{19}
+	return file_linepb_line_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RelationRequest) GetOp() string {
@@ -1789,7 +2065,7 @@ type RelationReply struct {
 
 func (x *RelationReply) Reset() {
 	*x = RelationReply{}
-	mi := &file_linepb_line_proto_msgTypes[20]
+	mi := &file_linepb_line_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1801,7 +2077,7 @@ func (x *RelationReply) String() string {
 func (*RelationReply) ProtoMessage() {}
 
 func (x *RelationReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[20]
+	mi := &file_linepb_line_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1814,7 +2090,7 @@ func (x *RelationReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelationReply.ProtoReflect.Descriptor instead.
 func (*RelationReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{20}
+	return file_linepb_line_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RelationReply) GetError() string {
@@ -1860,7 +2136,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_linepb_line_proto_msgTypes[21]
+	mi := &file_linepb_line_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1872,7 +2148,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[21]
+	mi := &file_linepb_line_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1885,7 +2161,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{21}
+	return file_linepb_line_proto_rawDescGZIP(), []int{25}
 }
 
 type StatusReply struct {
@@ -1897,7 +2173,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_linepb_line_proto_msgTypes[22]
+	mi := &file_linepb_line_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1909,7 +2185,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[22]
+	mi := &file_linepb_line_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1922,7 +2198,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{22}
+	return file_linepb_line_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusReply) GetJson() []byte {
@@ -1942,7 +2218,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_linepb_line_proto_msgTypes[23]
+	mi := &file_linepb_line_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2230,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[23]
+	mi := &file_linepb_line_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2243,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{23}
+	return file_linepb_line_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExplainRequest) GetRequestId() string {
@@ -1987,7 +2263,7 @@ type ExplainReply struct {
 
 func (x *ExplainReply) Reset() {
 	*x = ExplainReply{}
-	mi := &file_linepb_line_proto_msgTypes[24]
+	mi := &file_linepb_line_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1999,7 +2275,7 @@ func (x *ExplainReply) String() string {
 func (*ExplainReply) ProtoMessage() {}
 
 func (x *ExplainReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[24]
+	mi := &file_linepb_line_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2012,7 +2288,7 @@ func (x *ExplainReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainReply.ProtoReflect.Descriptor instead.
 func (*ExplainReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{24}
+	return file_linepb_line_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExplainReply) GetError() string {
@@ -2038,7 +2314,7 @@ type Drain struct {
 
 func (x *Drain) Reset() {
 	*x = Drain{}
-	mi := &file_linepb_line_proto_msgTypes[25]
+	mi := &file_linepb_line_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2050,7 +2326,7 @@ func (x *Drain) String() string {
 func (*Drain) ProtoMessage() {}
 
 func (x *Drain) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[25]
+	mi := &file_linepb_line_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2063,7 +2339,7 @@ func (x *Drain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drain.ProtoReflect.Descriptor instead.
 func (*Drain) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{25}
+	return file_linepb_line_proto_rawDescGZIP(), []int{29}
 }
 
 type Maps struct {
@@ -2074,7 +2350,7 @@ type Maps struct {
 
 func (x *Maps) Reset() {
 	*x = Maps{}
-	mi := &file_linepb_line_proto_msgTypes[26]
+	mi := &file_linepb_line_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2362,7 @@ func (x *Maps) String() string {
 func (*Maps) ProtoMessage() {}
 
 func (x *Maps) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[26]
+	mi := &file_linepb_line_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2375,7 @@ func (x *Maps) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Maps.ProtoReflect.Descriptor instead.
 func (*Maps) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{26}
+	return file_linepb_line_proto_rawDescGZIP(), []int{30}
 }
 
 type Ready struct {
@@ -2111,7 +2387,7 @@ type Ready struct {
 
 func (x *Ready) Reset() {
 	*x = Ready{}
-	mi := &file_linepb_line_proto_msgTypes[27]
+	mi := &file_linepb_line_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2399,7 @@ func (x *Ready) String() string {
 func (*Ready) ProtoMessage() {}
 
 func (x *Ready) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[27]
+	mi := &file_linepb_line_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2412,7 @@ func (x *Ready) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ready.ProtoReflect.Descriptor instead.
 func (*Ready) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{27}
+	return file_linepb_line_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Ready) GetVersion() string {
@@ -2164,7 +2440,7 @@ type Dial struct {
 
 func (x *Dial) Reset() {
 	*x = Dial{}
-	mi := &file_linepb_line_proto_msgTypes[28]
+	mi := &file_linepb_line_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2452,7 @@ func (x *Dial) String() string {
 func (*Dial) ProtoMessage() {}
 
 func (x *Dial) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[28]
+	mi := &file_linepb_line_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2465,7 @@ func (x *Dial) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Dial.ProtoReflect.Descriptor instead.
 func (*Dial) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{28}
+	return file_linepb_line_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Dial) GetKind() DialKind {
@@ -2258,7 +2534,7 @@ type DialReply struct {
 
 func (x *DialReply) Reset() {
 	*x = DialReply{}
-	mi := &file_linepb_line_proto_msgTypes[29]
+	mi := &file_linepb_line_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2270,7 +2546,7 @@ func (x *DialReply) String() string {
 func (*DialReply) ProtoMessage() {}
 
 func (x *DialReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[29]
+	mi := &file_linepb_line_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2283,7 +2559,7 @@ func (x *DialReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialReply.ProtoReflect.Descriptor instead.
 func (*DialReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{29}
+	return file_linepb_line_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DialReply) GetError() string {
@@ -2311,7 +2587,7 @@ type Sign struct {
 
 func (x *Sign) Reset() {
 	*x = Sign{}
-	mi := &file_linepb_line_proto_msgTypes[30]
+	mi := &file_linepb_line_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2323,7 +2599,7 @@ func (x *Sign) String() string {
 func (*Sign) ProtoMessage() {}
 
 func (x *Sign) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[30]
+	mi := &file_linepb_line_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2336,7 +2612,7 @@ func (x *Sign) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sign.ProtoReflect.Descriptor instead.
 func (*Sign) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{30}
+	return file_linepb_line_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Sign) GetId() string {
@@ -2363,7 +2639,7 @@ type SignReply struct {
 
 func (x *SignReply) Reset() {
 	*x = SignReply{}
-	mi := &file_linepb_line_proto_msgTypes[31]
+	mi := &file_linepb_line_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2375,7 +2651,7 @@ func (x *SignReply) String() string {
 func (*SignReply) ProtoMessage() {}
 
 func (x *SignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[31]
+	mi := &file_linepb_line_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2388,7 +2664,7 @@ func (x *SignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignReply.ProtoReflect.Descriptor instead.
 func (*SignReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{31}
+	return file_linepb_line_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SignReply) GetError() string {
@@ -2422,7 +2698,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_linepb_line_proto_msgTypes[32]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2434,7 +2710,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[32]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2447,7 +2723,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{32}
+	return file_linepb_line_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Verdict) GetSourceIdentity() uint32 {
@@ -2508,7 +2784,7 @@ type VerdictReply struct {
 
 func (x *VerdictReply) Reset() {
 	*x = VerdictReply{}
-	mi := &file_linepb_line_proto_msgTypes[33]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2520,7 +2796,7 @@ func (x *VerdictReply) String() string {
 func (*VerdictReply) ProtoMessage() {}
 
 func (x *VerdictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[33]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2533,7 +2809,7 @@ func (x *VerdictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerdictReply.ProtoReflect.Descriptor instead.
 func (*VerdictReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{33}
+	return file_linepb_line_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *VerdictReply) GetError() string {
@@ -2555,7 +2831,7 @@ type Decisions struct {
 
 func (x *Decisions) Reset() {
 	*x = Decisions{}
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2567,7 +2843,7 @@ func (x *Decisions) String() string {
 func (*Decisions) ProtoMessage() {}
 
 func (x *Decisions) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2580,7 +2856,7 @@ func (x *Decisions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decisions.ProtoReflect.Descriptor instead.
 func (*Decisions) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{34}
+	return file_linepb_line_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Decisions) GetRecords() [][]byte {
@@ -2607,7 +2883,7 @@ type RefreshKeys struct {
 
 func (x *RefreshKeys) Reset() {
 	*x = RefreshKeys{}
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2619,7 +2895,7 @@ func (x *RefreshKeys) String() string {
 func (*RefreshKeys) ProtoMessage() {}
 
 func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2632,7 +2908,7 @@ func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RefreshKeys.ProtoReflect.Descriptor instead.
 func (*RefreshKeys) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{35}
+	return file_linepb_line_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RefreshKeys) GetIssuer() string {
@@ -2656,7 +2932,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2944,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2957,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{36}
+	return file_linepb_line_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Revoke) GetKind() string {
@@ -2716,7 +2992,7 @@ var File_linepb_line_proto protoreflect.FileDescriptor
 
 const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
-	"\x11linepb/line.proto\x12\x0esallyport.line\"\xd6\r\n" +
+	"\x11linepb/line.proto\x12\x0esallyport.line\"\xa0\x0f\n" +
 	"\aMessage\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x14\n" +
@@ -2739,14 +3015,16 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\x06status\x18\x14 \x01(\v2\x1d.sallyport.line.StatusRequestH\x00R\x06status\x12-\n" +
 	"\x05drain\x18\x15 \x01(\v2\x15.sallyport.line.DrainH\x00R\x05drain\x12*\n" +
 	"\x04maps\x18\x16 \x01(\v2\x14.sallyport.line.MapsH\x00R\x04maps\x12:\n" +
-	"\aexplain\x18\x17 \x01(\v2\x1e.sallyport.line.ExplainRequestH\x00R\aexplain\x12-\n" +
+	"\aexplain\x18\x17 \x01(\v2\x1e.sallyport.line.ExplainRequestH\x00R\aexplain\x12L\n" +
+	"\x10app_certificates\x18\x18 \x01(\v2\x1f.sallyport.line.AppCertificatesH\x00R\x0fappCertificates\x12-\n" +
 	"\x05ready\x18( \x01(\v2\x15.sallyport.line.ReadyH\x00R\x05ready\x12*\n" +
 	"\x04dial\x18) \x01(\v2\x14.sallyport.line.DialH\x00R\x04dial\x12*\n" +
 	"\x04sign\x18* \x01(\v2\x14.sallyport.line.SignH\x00R\x04sign\x123\n" +
 	"\averdict\x18+ \x01(\v2\x17.sallyport.line.VerdictH\x00R\averdict\x129\n" +
 	"\tdecisions\x18, \x01(\v2\x19.sallyport.line.DecisionsH\x00R\tdecisions\x12@\n" +
 	"\frefresh_keys\x18- \x01(\v2\x1b.sallyport.line.RefreshKeysH\x00R\vrefreshKeys\x120\n" +
-	"\x06revoke\x18. \x01(\v2\x16.sallyport.line.RevokeH\x00R\x06revoke\x12F\n" +
+	"\x06revoke\x18. \x01(\v2\x16.sallyport.line.RevokeH\x00R\x06revoke\x124\n" +
+	"\bapp_sign\x18/ \x01(\v2\x17.sallyport.line.AppSignH\x00R\aappSign\x12F\n" +
 	"\x0epolicies_reply\x18< \x01(\v2\x1d.sallyport.line.PoliciesReplyH\x00R\rpoliciesReply\x12F\n" +
 	"\x0erelation_reply\x18= \x01(\v2\x1d.sallyport.line.RelationReplyH\x00R\rrelationReply\x12@\n" +
 	"\fstatus_reply\x18> \x01(\v2\x1b.sallyport.line.StatusReplyH\x00R\vstatusReply\x12:\n" +
@@ -2755,7 +3033,8 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
 	"sign_reply\x18@ \x01(\v2\x19.sallyport.line.SignReplyH\x00R\tsignReply\x12C\n" +
 	"\rverdict_reply\x18A \x01(\v2\x1c.sallyport.line.VerdictReplyH\x00R\fverdictReply\x12C\n" +
-	"\rexplain_reply\x18B \x01(\v2\x1c.sallyport.line.ExplainReplyH\x00R\fexplainReplyB\x06\n" +
+	"\rexplain_reply\x18B \x01(\v2\x1c.sallyport.line.ExplainReplyH\x00R\fexplainReply\x12D\n" +
+	"\x0eapp_sign_reply\x18C \x01(\v2\x1c.sallyport.line.AppSignReplyH\x00R\fappSignReplyB\x06\n" +
 	"\x04body\"\x8d\x02\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12!\n" +
@@ -2831,7 +3110,21 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12&\n" +
 	"\x0ffetched_unix_ns\x18\x03 \x01(\x03R\rfetchedUnixNs\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"O\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\"U\n" +
+	"\x0fAppCertificates\x12B\n" +
+	"\fcertificates\x18\x01 \x03(\v2\x1e.sallyport.line.AppCertificateR\fcertificates\"N\n" +
+	"\x0eAppCertificate\x12\x10\n" +
+	"\x03api\x18\x01 \x01(\tR\x03api\x12\x14\n" +
+	"\x05chain\x18\x02 \x03(\fR\x05chain\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"[\n" +
+	"\aAppSign\x12\x10\n" +
+	"\x03api\x18\x01 \x01(\tR\x03api\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\fR\amessage\x12\x12\n" +
+	"\x04hash\x18\x03 \x01(\rR\x04hash\x12\x10\n" +
+	"\x03pss\x18\x04 \x01(\bR\x03pss\"B\n" +
+	"\fAppSignReply\x12\x14\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"O\n" +
 	"\x05Tuple\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x1a\n" +
 	"\brelation\x18\x02 \x01(\tR\brelation\x12\x16\n" +
@@ -2925,7 +3218,7 @@ func file_linepb_line_proto_rawDescGZIP() []byte {
 }
 
 var file_linepb_line_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_linepb_line_proto_goTypes = []any{
 	(ListenerKind)(0),       // 0: sallyport.line.ListenerKind
 	(DialKind)(0),           // 1: sallyport.line.DialKind
@@ -2947,25 +3240,29 @@ var file_linepb_line_proto_goTypes = []any{
 	(*Revocation)(nil),      // 17: sallyport.line.Revocation
 	(*Revocations)(nil),     // 18: sallyport.line.Revocations
 	(*KeySet)(nil),          // 19: sallyport.line.KeySet
-	(*Tuple)(nil),           // 20: sallyport.line.Tuple
-	(*RelationRequest)(nil), // 21: sallyport.line.RelationRequest
-	(*RelationReply)(nil),   // 22: sallyport.line.RelationReply
-	(*StatusRequest)(nil),   // 23: sallyport.line.StatusRequest
-	(*StatusReply)(nil),     // 24: sallyport.line.StatusReply
-	(*ExplainRequest)(nil),  // 25: sallyport.line.ExplainRequest
-	(*ExplainReply)(nil),    // 26: sallyport.line.ExplainReply
-	(*Drain)(nil),           // 27: sallyport.line.Drain
-	(*Maps)(nil),            // 28: sallyport.line.Maps
-	(*Ready)(nil),           // 29: sallyport.line.Ready
-	(*Dial)(nil),            // 30: sallyport.line.Dial
-	(*DialReply)(nil),       // 31: sallyport.line.DialReply
-	(*Sign)(nil),            // 32: sallyport.line.Sign
-	(*SignReply)(nil),       // 33: sallyport.line.SignReply
-	(*Verdict)(nil),         // 34: sallyport.line.Verdict
-	(*VerdictReply)(nil),    // 35: sallyport.line.VerdictReply
-	(*Decisions)(nil),       // 36: sallyport.line.Decisions
-	(*RefreshKeys)(nil),     // 37: sallyport.line.RefreshKeys
-	(*Revoke)(nil),          // 38: sallyport.line.Revoke
+	(*AppCertificates)(nil), // 20: sallyport.line.AppCertificates
+	(*AppCertificate)(nil),  // 21: sallyport.line.AppCertificate
+	(*AppSign)(nil),         // 22: sallyport.line.AppSign
+	(*AppSignReply)(nil),    // 23: sallyport.line.AppSignReply
+	(*Tuple)(nil),           // 24: sallyport.line.Tuple
+	(*RelationRequest)(nil), // 25: sallyport.line.RelationRequest
+	(*RelationReply)(nil),   // 26: sallyport.line.RelationReply
+	(*StatusRequest)(nil),   // 27: sallyport.line.StatusRequest
+	(*StatusReply)(nil),     // 28: sallyport.line.StatusReply
+	(*ExplainRequest)(nil),  // 29: sallyport.line.ExplainRequest
+	(*ExplainReply)(nil),    // 30: sallyport.line.ExplainReply
+	(*Drain)(nil),           // 31: sallyport.line.Drain
+	(*Maps)(nil),            // 32: sallyport.line.Maps
+	(*Ready)(nil),           // 33: sallyport.line.Ready
+	(*Dial)(nil),            // 34: sallyport.line.Dial
+	(*DialReply)(nil),       // 35: sallyport.line.DialReply
+	(*Sign)(nil),            // 36: sallyport.line.Sign
+	(*SignReply)(nil),       // 37: sallyport.line.SignReply
+	(*Verdict)(nil),         // 38: sallyport.line.Verdict
+	(*VerdictReply)(nil),    // 39: sallyport.line.VerdictReply
+	(*Decisions)(nil),       // 40: sallyport.line.Decisions
+	(*RefreshKeys)(nil),     // 41: sallyport.line.RefreshKeys
+	(*Revoke)(nil),          // 42: sallyport.line.Revoke
 }
 var file_linepb_line_proto_depIdxs = []int32{
 	3,  // 0: sallyport.line.Message.start:type_name -> sallyport.line.Start
@@ -2977,40 +3274,44 @@ var file_linepb_line_proto_depIdxs = []int32{
 	16, // 6: sallyport.line.Message.trust:type_name -> sallyport.line.Trust
 	18, // 7: sallyport.line.Message.revocations:type_name -> sallyport.line.Revocations
 	19, // 8: sallyport.line.Message.key_set:type_name -> sallyport.line.KeySet
-	21, // 9: sallyport.line.Message.relation:type_name -> sallyport.line.RelationRequest
-	23, // 10: sallyport.line.Message.status:type_name -> sallyport.line.StatusRequest
-	27, // 11: sallyport.line.Message.drain:type_name -> sallyport.line.Drain
-	28, // 12: sallyport.line.Message.maps:type_name -> sallyport.line.Maps
-	25, // 13: sallyport.line.Message.explain:type_name -> sallyport.line.ExplainRequest
-	29, // 14: sallyport.line.Message.ready:type_name -> sallyport.line.Ready
-	30, // 15: sallyport.line.Message.dial:type_name -> sallyport.line.Dial
-	32, // 16: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
-	34, // 17: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
-	36, // 18: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
-	37, // 19: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
-	38, // 20: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
-	7,  // 21: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
-	22, // 22: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
-	24, // 23: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
-	31, // 24: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
-	33, // 25: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
-	35, // 26: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
-	26, // 27: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
-	4,  // 28: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
-	8,  // 29: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
-	0,  // 30: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
-	10, // 31: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
-	13, // 32: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
-	15, // 33: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
-	17, // 34: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
-	20, // 35: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
-	20, // 36: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
-	1,  // 37: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	25, // 9: sallyport.line.Message.relation:type_name -> sallyport.line.RelationRequest
+	27, // 10: sallyport.line.Message.status:type_name -> sallyport.line.StatusRequest
+	31, // 11: sallyport.line.Message.drain:type_name -> sallyport.line.Drain
+	32, // 12: sallyport.line.Message.maps:type_name -> sallyport.line.Maps
+	29, // 13: sallyport.line.Message.explain:type_name -> sallyport.line.ExplainRequest
+	20, // 14: sallyport.line.Message.app_certificates:type_name -> sallyport.line.AppCertificates
+	33, // 15: sallyport.line.Message.ready:type_name -> sallyport.line.Ready
+	34, // 16: sallyport.line.Message.dial:type_name -> sallyport.line.Dial
+	36, // 17: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
+	38, // 18: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
+	40, // 19: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
+	41, // 20: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
+	42, // 21: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
+	22, // 22: sallyport.line.Message.app_sign:type_name -> sallyport.line.AppSign
+	7,  // 23: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
+	26, // 24: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
+	28, // 25: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
+	35, // 26: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
+	37, // 27: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
+	39, // 28: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
+	30, // 29: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
+	23, // 30: sallyport.line.Message.app_sign_reply:type_name -> sallyport.line.AppSignReply
+	4,  // 31: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
+	8,  // 32: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
+	0,  // 33: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
+	10, // 34: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
+	13, // 35: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
+	15, // 36: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
+	17, // 37: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
+	21, // 38: sallyport.line.AppCertificates.certificates:type_name -> sallyport.line.AppCertificate
+	24, // 39: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
+	24, // 40: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
+	1,  // 41: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
+	42, // [42:42] is the sub-list for method output_type
+	42, // [42:42] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_linepb_line_proto_init() }
@@ -3033,6 +3334,7 @@ func file_linepb_line_proto_init() {
 		(*Message_Drain)(nil),
 		(*Message_Maps)(nil),
 		(*Message_Explain)(nil),
+		(*Message_AppCertificates)(nil),
 		(*Message_Ready)(nil),
 		(*Message_Dial)(nil),
 		(*Message_Sign)(nil),
@@ -3040,6 +3342,7 @@ func file_linepb_line_proto_init() {
 		(*Message_Decisions)(nil),
 		(*Message_RefreshKeys)(nil),
 		(*Message_Revoke)(nil),
+		(*Message_AppSign)(nil),
 		(*Message_PoliciesReply)(nil),
 		(*Message_RelationReply)(nil),
 		(*Message_StatusReply)(nil),
@@ -3047,6 +3350,7 @@ func file_linepb_line_proto_init() {
 		(*Message_SignReply)(nil),
 		(*Message_VerdictReply)(nil),
 		(*Message_ExplainReply)(nil),
+		(*Message_AppSignReply)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3054,7 +3358,7 @@ func file_linepb_line_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_linepb_line_proto_rawDesc), len(file_linepb_line_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   37,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -6,8 +6,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
+	"github.com/sallyport-dev/sallyport/agent/testenv"
 )
 
 // pki is somebody else's certificate authority, made by OpenSSL.
@@ -61,6 +65,87 @@ func (p *pki) issue(name, by, subject, extensions string) {
 }
 
 const leafOf = "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=clientAuth\nsubjectAltName="
+
+const serverOf = "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\nsubjectAltName="
+
+// TestTLSEndsAtTheProxy has callers speak TLS to a host's name, with the
+// host's own certificate, to an application that speaks none: partners from
+// elsewhere, and a workload of the same node.
+func TestTLSEndsAtTheProxy(t *testing.T) {
+	require(t, "nginx", "curl", "openssl")
+	t.Parallel()
+	web, theirs := newPKI(t), newPKI(t)
+	web.issue("shop", "root", "/CN=shop.example", serverOf+"DNS:shop.example\n")
+	theirs.issue("billing", "root", "/CN=billing", leafOf+"URI:spiffe://partner.example/billing\n")
+	n, stranger := one(t)
+	n.identity = "identity: {tpm: none, bundles: [" + `"partner.example=` + theirs.path("root.pem") + `"]}`
+	text := strings.Replace(shopIn("enforce"), "ports: [8080], protocol: http}",
+		"ports: [8080], protocol: http, app: {tls: terminate, certificate: "+web.path("shop.chain")+", key: "+web.path("shop.key")+"}}", 1)
+	n.policy("shop.yaml", strings.Replace(text, `{name: write, from: [client]`, `{name: partner, from: [billing], http: ["GET /files/{name}"]}
+    - {name: write, from: [client]`, 1)+`---
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: billing, namespace: shop}
+spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billing", mayCall: [web]}
+`)
+	w := startNginx(t, n.group("web"), n.ns, 8080)
+	n.start()
+	act(t, n.group("client"), n.ns, "idle").line(t)
+	n.served("client", "web")
+
+	const url = "https://shop.example:8080"
+	trusting := func(more ...string) []string {
+		return append([]string{"--cacert", web.path("root.pem"), "--resolve", "shop.example:8080:" + addrB}, more...)
+	}
+	billing := []string{"--cert", theirs.path("billing.chain"), "--key", theirs.path("billing.key")}
+	for _, c := range []struct {
+		who, cgroup string
+		ns          *testenv.Netns
+		path        string
+		args        []string
+		want        string
+	}{
+		{"the partner", "", stranger, "/files/hello", trusting(billing...), "200"},
+		{"the partner, for what its rule does not say", "", stranger, "/nothing", trusting(billing...), "403 no_rule"},
+		{"nobody", "", stranger, "/files/hello", trusting(), "403 mtls_required"},
+		{"a workload of the node", n.group("client"), n.ns, "/files/hello", trusting(), "200"},
+		{"one whom no rule names", n.group("outcast"), n.ns, "/files/hello", trusting(), "403 no_rule"},
+	} {
+		if got := code(t, c.cgroup, c.ns, url+c.path, c.args...); got != c.want {
+			t.Errorf("%s got %s, want %s", c.who, got, c.want)
+		}
+	}
+	if got := n.get(); got != "200" {
+		t.Errorf("in plaintext the client got %s", got)
+	}
+	served := w.accesses()
+
+	// Without the files nothing is shown, and status says why.
+	s := n.await("be well", func(s *controlpb.StatusReply) bool { return s.GetReady() && len(s.GetPolicySet().GetErrors()) == 0 })
+	for _, p := range s.GetProblems() {
+		if p.GetId() == "app-certificates" {
+			t.Errorf("problem %v", p)
+		}
+	}
+	n.stop()
+	if err := os.Remove(web.path("shop.key")); err != nil {
+		t.Fatal(err)
+	}
+	n.launch()
+	n.await("miss the key", func(s *controlpb.StatusReply) bool {
+		return s.GetUserspace().GetReady() && slices.ContainsFunc(s.GetProblems(), func(p *controlpb.Problem) bool {
+			return p.GetId() == "app-certificates" && strings.Contains(p.GetText(), "shop.key")
+		})
+	})
+	from := n.mark()
+	if got := code(t, "", stranger, url+"/files/hello", trusting(billing...)...); !strings.HasPrefix(got, "refused: ") {
+		t.Errorf("without a key the partner got %s", got)
+	}
+	n.decided(from, "TLS that nothing ends", func(r *record) bool { return r.Reason == "app_certificate" && r.Decision == "deny" })
+	if now := w.accesses(); now != served {
+		t.Errorf("nginx was reached %d times", now-served)
+	}
+}
 
 // TestPartner lets a caller without an agent in, by a certificate of its own
 // authority, as far as its rule goes; and nobody else by that authority.
