@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/schema"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
@@ -238,6 +239,8 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 	case s.UID != nil || s.Process != nil:
 		c.report.Errorf(key, "select: uid and process only narrow a service account, a systemd unit or a cgroup down; add one")
 	case !d.Empty("spec", "select"): // what is there was reported
+	case schema.Refused("Selector", "all"):
+		c.report.Errorf(key, "select: empty would match every workload; name a service account, a systemd unit or a cgroup")
 	default:
 		c.report.Errorf(key, "select: empty would match every workload; write \"all: true\" if you mean it")
 	}

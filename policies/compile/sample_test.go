@@ -6,6 +6,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/sallyport-dev/sallyport/policies/internal/ungated"
 	"github.com/sallyport-dev/sallyport/policies/load"
 )
 
@@ -57,6 +58,7 @@ spec:
 // TestSampleMessages holds the messages of the design word for word, at their
 // places.
 func TestSampleMessages(t *testing.T) {
+	ungated.Lift(t, "Selector.all") // of which one of them speaks
 	want := []string{
 		`payments.yaml:41:9: unknown field "scope" (did you mean "scopes"?)`,
 		`payments.yaml:27:9: mode: "enforced" is not one of observe, audit, enforce`,

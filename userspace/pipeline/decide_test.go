@@ -3,6 +3,7 @@
 package pipeline
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 	"time"
@@ -143,12 +144,45 @@ func TestReasonsReached(t *testing.T) {
 	}
 }
 
-func TestCeilingSoftens(t *testing.T) {
-	w := newWorld(t, "enforce")
-	w.p.opt.Ceiling = flow.ModeObserve
-	d := w.decide(w.request("DELETE /v1/payments"), "payments")
-	if d.Refused() || !d.WouldDeny() || d.Reason != flow.ReasonNoRule {
-		t.Errorf("under a ceiling of observe: %+v", d)
+// TestCeilingComposes holds every mode under every ceiling, where a call
+// arrives and where it leaves: the stages find the same, the smaller of the two
+// says whether it has an effect, and the record says so.
+func TestCeilingComposes(t *testing.T) {
+	modes := []flow.Mode{flow.ModeObserve, flow.ModeAudit, flow.ModeEnforce}
+	for _, mode := range modes {
+		for _, ceiling := range modes {
+			w := newWorld(t, mode.String())
+			w.p.opt.Ceiling = ceiling
+			enforced := mode == flow.ModeEnforce && ceiling == flow.ModeEnforce
+			for reason, req := range map[flow.Reason]*flow.Request{
+				flow.ReasonOK:           w.request("POST /v1/payments", bearer(w.token()), header("X-Account", "a1")),
+				flow.ReasonNoRule:       w.request("DELETE /v1/payments"),
+				flow.ReasonTokenMissing: w.request("POST /v1/payments", header("X-Account", "a1")),
+				flow.ReasonDenyRule:     w.request("GET /debug/x"),
+			} {
+				d := w.decide(req, "payments")
+				refusal := reason != flow.ReasonOK
+				if d.Reason != reason || d.Refused() != (refusal && enforced) || d.WouldDeny() != (refusal && !enforced) || refusal && len(d.Steps) == 0 {
+					t.Errorf("%s under %s, %q: %+v", mode, ceiling, reason, d)
+				}
+				w.env.Loop.Record(req, w.api("payments"), &d, Outcome{})
+				raw, _ := w.p.TakeRecords(1)
+				var rec Record
+				if len(raw) != 1 || json.Unmarshal(raw[0], &rec) != nil {
+					t.Fatalf("recorded %q", raw)
+				}
+				if rec.WouldDeny != d.WouldDeny() || rec.Mode != flow.MinMode(mode, ceiling).String() || rec.Reason != reason {
+					t.Errorf("%s under %s, %q is recorded as %+v", mode, ceiling, reason, rec)
+				}
+			}
+			src := *w.identity("checkout")
+			src.Mode = mode
+			var d flow.Decision
+			w.p.DecideOutbound(w.env, w.request("GET /"), &src, w.identity("checkout"), flow.ModeObserve, &d)
+			if d.Reason != flow.ReasonMayCall || d.Refused() != enforced || d.WouldDeny() == enforced {
+				t.Errorf("%s under %s, leaving: %+v", mode, ceiling, d)
+			}
+		}
 	}
 }
 
