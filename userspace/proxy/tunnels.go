@@ -14,6 +14,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http2"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/tunnel"
 )
 
@@ -106,7 +107,7 @@ func (p *Proxy) open(c *call) (*tunnel.Stream, error) {
 			return nil, err
 		}
 		stream, err := s.Open(c.t, c.dst.String(), `for="`+c.peer.Address.String()+`"`, deadline)
-		if !errors.Is(err, tunnel.ErrDraining) {
+		if !errors.Is(err, http2.ErrDraining) {
 			return stream, err
 		}
 	}

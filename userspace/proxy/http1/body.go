@@ -282,10 +282,18 @@ func (b *Body) trailerNameByte(c byte) error {
 		return errTrailLine
 	}
 	b.state = trailerValue
-	if headOnly(name) || b.request && isIdentity(name) {
-		return errTrailField
+	if err := CheckTrailer(name, b.request); err != nil {
+		return err
 	}
 	if slices.Contains(b.fields, nameHash(name)) {
+		return errTrailField
+	}
+	return nil
+}
+
+// CheckTrailer refuses the name of a trailer field that belongs into a head.
+func CheckTrailer(name []byte, request bool) error {
+	if headOnly(name) || request && IsIdentity(name) {
 		return errTrailField
 	}
 	return nil

@@ -106,6 +106,17 @@ var class = func() (t [256]uint8) {
 	return t
 }()
 
+// CheckValue refuses a field value with a control character other than HTAB.
+func CheckValue(b []byte) error {
+	if hasControl(b) {
+		return errValue
+	}
+	return nil
+}
+
+// IsToken says whether b is a token (RFC 9110, 5.6.2).
+func IsToken(b []byte) bool { return len(b) > 0 && all(b, classToken) }
+
 func is(c byte, k uint8) bool { return class[c]&k != 0 }
 
 func all(b []byte, k uint8) bool {
@@ -327,12 +338,12 @@ func (f *Framing) known(name, value, raw []byte, request bool) (goesOn bool, err
 	default:
 		goesOn = true
 	}
-	return goesOn && (!request || !isIdentity(name)), nil
+	return goesOn && (!request || !IsIdentity(name)), nil
 }
 
-// isIdentity says whether a field of that name tells an application who
+// IsIdentity says whether a field of that name tells an application who
 // calls: only the proxy may write it.
-func isIdentity(name []byte) bool {
+func IsIdentity(name []byte) bool {
 	const ours = "x-sallyport-"
 	return len(name) >= len(ours) && foldDash(name[:len(ours)], ours) ||
 		foldDash(name, "x-forwarded-client-cert")
@@ -342,19 +353,27 @@ func (f *Framing) contentLength(name, value, raw []byte) error {
 	if f.HasLength {
 		return errLengthTwice
 	}
-	if len(value) == 0 || len(value) > 18 || len(value) > 1 && value[0] == '0' ||
-		bytes.IndexByte(raw, '\t') >= 0 || bytes.IndexByte(name, '_') >= 0 {
+	n, err := Length(value)
+	if err != nil || bytes.IndexByte(raw, '\t') >= 0 || bytes.IndexByte(name, '_') >= 0 {
 		return errLength
+	}
+	f.ContentLength, f.HasLength = n, true
+	return nil
+}
+
+// Length reads the value of Content-Length, in bytes.
+func Length(value []byte) (int64, error) {
+	if len(value) == 0 || len(value) > 18 || len(value) > 1 && value[0] == '0' {
+		return 0, errLength
 	}
 	var n int64
 	for _, c := range value {
 		if c < '0' || c > '9' {
-			return errLength
+			return 0, errLength
 		}
 		n = n*10 + int64(c-'0')
 	}
-	f.ContentLength, f.HasLength = n, true
-	return nil
+	return n, nil
 }
 
 func (f *Framing) transferEncoding(name, value, raw []byte) error {
@@ -429,7 +448,7 @@ func (f *Framing) finish() error {
 		}
 	}
 	if f.underscore {
-		return f.underscores()
+		return Underscores(f.Fields)
 	}
 	return nil
 }
@@ -472,16 +491,16 @@ func (f *Framing) has(name []byte) bool {
 	return false
 }
 
-// underscores refuses X_Account beside X-Account: a CGI-style server takes
+// Underscores refuses X_Account beside X-Account: a CGI-style server takes
 // them for one field.
-func (f *Framing) underscores() error {
-	for i := range f.Fields {
-		name := f.Fields[i].Name
+func Underscores(fields []flow.Header) error {
+	for i := range fields {
+		name := fields[i].Name
 		if bytes.IndexByte(name, '_') < 0 {
 			continue
 		}
-		for j := range f.Fields {
-			if j != i && !bytes.EqualFold(f.Fields[j].Name, name) && equalDash(f.Fields[j].Name, name) {
+		for j := range fields {
+			if j != i && !bytes.EqualFold(fields[j].Name, name) && equalDash(fields[j].Name, name) {
 				return errUnderscore
 			}
 		}

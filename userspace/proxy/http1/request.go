@@ -83,10 +83,8 @@ func (r *Request) requestLine(line []byte) (authority []byte, err error) {
 		return nil, errRequestLine
 	}
 	r.Method = line[:n]
-	for _, c := range r.Method {
-		if (c < 'A' || c > 'Z') && c != '-' && c != '_' && (c < '0' || c > '9') {
-			return nil, errMethod
-		}
+	if err := CheckMethod(r.Method); err != nil {
+		return nil, err
 	}
 	rest := line[n+1:]
 	const version = " HTTP/1.1"
@@ -117,7 +115,21 @@ func (r *Request) requestLine(line []byte) (authority []byte, err error) {
 			return nil, err
 		}
 	}
-	return authority, r.path(path)
+	r.Path, r.Query, err = Target(path)
+	return authority, err
+}
+
+// CheckMethod refuses what is no method in upper case, or a long one.
+func CheckMethod(b []byte) error {
+	if len(b) == 0 || len(b) > MaxMethod {
+		return errMethod
+	}
+	for _, c := range b {
+		if (c < 'A' || c > 'Z') && c != '-' && c != '_' && (c < '0' || c > '9') {
+			return errMethod
+		}
+	}
+	return nil
 }
 
 // absolute splits a target in absolute form (RFC 9112, 3.2.2).
@@ -141,9 +153,16 @@ func absolute(target []byte) (authority, path []byte, err error) {
 	return rest[:slash], rest[slash:], nil
 }
 
-// path judges path and query. The path that is accepted has one reading:
-// no segment that a server may resolve, drop or split differently.
-func (r *Request) path(b []byte) error {
+// Target splits a target in origin form, or the :path of HTTP/2, and judges
+// path and query. The path that is accepted has one reading: no segment that
+// a server may resolve, drop or split differently. query is nil without "?".
+func Target(b []byte) (path, query []byte, err error) {
+	switch {
+	case len(b) > MaxTarget:
+		return nil, nil, errTargetLong
+	case len(b) == 0 || b[0] != '/':
+		return nil, nil, errForm
+	}
 	segment := 0 // where the segment began
 	for i := 0; i < len(b); i++ {
 		c := b[i]
@@ -154,27 +173,25 @@ func (r *Request) path(b []byte) error {
 		case '/':
 			if i > 0 {
 				if err := segmentOf(b[segment:i], false); err != nil {
-					return err
+					return nil, nil, err
 				}
 			}
 			segment = i + 1
 		case '%':
 			if err := escape(b[i:]); err != nil {
-				return err
+				return nil, nil, err
 			}
 			i += 2
 		case '?':
-			r.Path, r.Query = b[:i], b[i+1:]
 			if err := segmentOf(b[segment:i], true); err != nil {
-				return err
+				return nil, nil, err
 			}
-			return query(r.Query)
+			return b[:i], b[i+1:], checkQuery(b[i+1:])
 		default:
-			return badChar(c)
+			return nil, nil, badChar(c)
 		}
 	}
-	r.Path = b
-	return segmentOf(b[segment:], true)
+	return b, nil, segmentOf(b[segment:], true)
 }
 
 func badChar(c byte) error {
@@ -243,7 +260,7 @@ func segmentOf(s []byte, last bool) error {
 	return nil
 }
 
-func query(b []byte) error {
+func checkQuery(b []byte) error {
 	for i, c := range b {
 		if class[c]&classQuery == 0 {
 			if c == '#' {
@@ -300,25 +317,32 @@ func (r *Request) host(authority []byte) error {
 	case authority != nil && !bytes.EqualFold(authority, r.Authority):
 		return errHostDiffers
 	}
-	name, ok := splitHost(r.Authority)
+	var err error
+	r.Host, err = Host(r.Authority, &r.scratch)
+	return err
+}
+
+// Host returns the host of an authority, in lower case and without port; it
+// aliases the authority, or scratch.
+func Host(authority []byte, scratch *[MaxHost]byte) ([]byte, error) {
+	name, ok := splitHost(authority)
 	if !ok {
-		return errHost
+		return nil, errHost
 	}
-	r.Host = name
 	for i, c := range name {
 		if 'A' <= c && c <= 'Z' {
-			r.Host = r.scratch[:len(name)]
-			copy(r.Host, name[:i])
+			host := scratch[:len(name)]
+			copy(host, name[:i])
 			for j, c := range name[i:] {
 				if 'A' <= c && c <= 'Z' {
 					c += 'a' - 'A'
 				}
-				r.Host[i+j] = c
+				host[i+j] = c
 			}
-			break
+			return host, nil
 		}
 	}
-	return nil
+	return name, nil
 }
 
 // splitHost cuts the port off an authority. A name that ends with a dot is

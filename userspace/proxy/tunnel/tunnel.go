@@ -3,146 +3,32 @@
 // Package tunnel carries many byte streams over one connection as HTTP/2
 // CONNECT streams (RFC 9113, 8.5), compatible with HBONE: the authority is
 // the original destination, 200 opens the stream, and `forwarded: for=` holds
-// the client's address. It speaks nothing else of HTTP/2.
-//
-// A Session runs on one loop of package netloop and takes no lock. Frames of
-// one turn leave in one write; a read may hold many frames. A stream is a
-// netloop.Stream, so that whoever relays cannot tell it from a socket.
-//
-// Every size and rate that the peer chooses is bounded: streams, resets,
-// settings, pings, continuations, header lists, frame sizes and both kinds of
-// windows. A peer that passes a bound loses the session.
+// the client's address. It speaks nothing else of HTTP/2; frames, windows and
+// limits are those of package http2. A stream is a netloop.Stream, so that
+// whoever relays cannot tell it from a socket.
 package tunnel
 
 import (
-	"errors"
-	"fmt"
-	"time"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http2"
 )
 
-// Config bounds a session. Zero values take the defaults.
-type Config struct {
-	MaxStreams   int           // concurrent streams that the peer may open (1000)
-	Window       int           // bytes a stream may have received and not read, at first (64 KiB)
-	MaxWindow    int           // the same for a stream that is read fast (256 KiB)
-	ConnWindow   int           // the same for all streams together (16 MiB)
-	WriteLimit   int           // bytes waiting for the socket at which streams wait (128 KiB)
-	HardLimit    int           // bytes of one stream that its writer may leave waiting (1 MiB)
-	Handshake    time.Duration // for the peer's preface and settings (5 s)
-	Idle         time.Duration // a session without streams ends after it (5 min)
-	Stall        time.Duration // a stream whose peer gives no window for its output is cut (60 s)
-	Ping         time.Duration // silence after which the peer is pinged while streams are open (30 s)
-	PingTimeout  time.Duration // silence after a ping that ends the session (20 s)
-	DrainTimeout time.Duration // for the streams of a session that drains (30 s)
-	// NotAfter is when the session begins to drain by itself: the earlier
-	// end of both certificates. Zero: never.
-	NotAfter time.Time
+// Config bounds a session.
+type Config = http2.Config
+
+// Session is one tunnel connection. It belongs to one loop.
+type Session struct{ *http2.Session }
+
+// Serve runs the server's side of a session on c until it ends; handler runs
+// for each CONNECT request in a task of its own, and the stream is closed
+// when it returns. Serve returns nil when both sides ended in order. It does
+// not close c.
+func Serve(t *netloop.Task, c netloop.Stream, cfg Config, handler func(*netloop.Task, *Stream)) error {
+	return http2.Serve(t, c, cfg, func(t *netloop.Task, s *http2.Stream) { serve(t, s, handler) })
 }
 
-func (c Config) withDefaults() Config {
-	for _, d := range []struct {
-		value *int
-		def   int
-	}{{&c.MaxStreams, 1000}, {&c.Window, 64 << 10}, {&c.MaxWindow, 256 << 10}, {&c.ConnWindow, 16 << 20}, {&c.WriteLimit, 128 << 10}, {&c.HardLimit, 1 << 20}} {
-		if *d.value <= 0 {
-			*d.value = d.def
-		}
-	}
-	c.Window = max(c.Window, 65535) // what a peer may use before it has our settings
-	c.MaxWindow, c.ConnWindow = max(c.MaxWindow, c.Window), max(c.ConnWindow, c.Window)
-	for _, d := range []struct {
-		value *time.Duration
-		def   time.Duration
-	}{{&c.Handshake, 5 * time.Second}, {&c.Idle, 5 * time.Minute}, {&c.Stall, time.Minute}, {&c.Ping, 30 * time.Second},
-		{&c.PingTimeout, 20 * time.Second}, {&c.DrainTimeout, 30 * time.Second}} {
-		if *d.value <= 0 {
-			*d.value = d.def
-		}
-	}
-	return c
-}
-
-var (
-	// ErrClosed is what streams and Open get from a session that has ended.
-	ErrClosed = errors.New("tunnel closed")
-	// ErrDraining is what Open gets from a session that takes no more
-	// streams, and from one that ended before it looked at this one: another
-	// session may be asked.
-	ErrDraining = errors.New("tunnel takes no more streams")
-	// ErrStalled ends a stream whose peer gave no window for too long.
-	ErrStalled = errors.New("tunnel stream stalled")
-	// ErrWriteLimit ends a stream whose writer never waited.
-	ErrWriteLimit = errors.New("tunnel stream write limit exceeded")
-)
-
-// Code is an HTTP/2 error code (RFC 9113, 7).
-type Code uint32
-
-// The codes that are sent.
-const (
-	CodeNone             Code = 0x0
-	CodeProtocol         Code = 0x1
-	CodeInternal         Code = 0x2
-	CodeFlowControl      Code = 0x3
-	CodeSettingsTimeout  Code = 0x4
-	CodeStreamClosed     Code = 0x5
-	CodeFrameSize        Code = 0x6
-	CodeRefused          Code = 0x7
-	CodeCancel           Code = 0x8
-	CodeCompression      Code = 0x9
-	CodeConnect          Code = 0xa
-	CodeEnhanceYourCalm  Code = 0xb
-	CodeInadequateSecure Code = 0xc
-)
-
-// ResetError is what a stream gets that the peer reset.
-type ResetError struct{ Code Code }
-
-// Error returns a text with the code.
-func (e *ResetError) Error() string {
-	return fmt.Sprintf("tunnel stream reset by peer (code %d)", e.Code)
-}
-
-// FaultError ends a session over what the peer sent.
-type FaultError struct {
-	Code Code
-	Text string
-}
-
-// Error returns the text.
-func (e *FaultError) Error() string { return "tunnel: " + e.Text }
-
-func fault(code Code, text string) error { return &FaultError{code, text} }
-
-// RefusedError is what Open gets from a peer that answers with another
-// status than 200.
-type RefusedError struct {
-	Status int
-	Reason string // the peer's reason code, "" where it gave none
-}
-
-// Error returns the status and the reason.
-func (e *RefusedError) Error() string {
-	return fmt.Sprintf("tunnel stream refused with status %d %s", e.Status, e.Reason)
-}
-
-// bucket is a rate limit: burst at once, then rate a second.
-type bucket struct {
-	rate, burst float64
-	left        float64
-	last        time.Time
-}
-
-func newBucket(rate, burst float64) bucket { return bucket{rate: rate, burst: burst, left: burst} }
-
-func (b *bucket) take(now time.Time) bool {
-	if !b.last.IsZero() {
-		b.left = min(b.burst, b.left+b.rate*now.Sub(b.last).Seconds())
-	}
-	b.last = now
-	if b.left < 1 {
-		return false
-	}
-	b.left--
-	return true
+// Dial starts the client's side of a session on c, which must be owned by
+// the calling task; a task of the session takes it over and closes it.
+func Dial(t *netloop.Task, c netloop.Stream, cfg Config) *Session {
+	return &Session{http2.Dial(t, c, cfg)}
 }

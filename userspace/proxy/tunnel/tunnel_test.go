@@ -14,14 +14,14 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
-	"golang.org/x/net/http2"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http2"
+	xhttp2 "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
 )
@@ -297,7 +297,7 @@ func TestStalledReader(t *testing.T) {
 					return errors.New("no back-pressure")
 				}
 			}
-			if !errors.Is(err, ErrStalled) {
+			if !errors.Is(err, http2.ErrStalled) {
 				return fmt.Errorf("got %w", err)
 			}
 			if err := exchange(task, m, 500_000); err != nil {
@@ -365,11 +365,11 @@ func TestDrain(t *testing.T) {
 				return err
 			}
 			for !m.Draining() {
-				if err := task.WaitTimeout(&m.changed, 5*time.Second); err != nil {
+				if err := m.Changed(task, soon()); err != nil {
 					return err
 				}
 			}
-			if _, err := m.Open(task, "a.example:1", "", soon()); !errors.Is(err, ErrDraining) {
+			if _, err := m.Open(task, "a.example:1", "", soon()); !errors.Is(err, http2.ErrDraining) {
 				return fmt.Errorf("open while draining: %w", err)
 			}
 			if !s.Draining() {
@@ -384,7 +384,7 @@ func TestDrain(t *testing.T) {
 			}
 			_ = s.Close()
 			for !m.Over() {
-				if err := task.WaitTimeout(&m.changed, 5*time.Second); err != nil {
+				if err := m.Changed(task, soon()); err != nil {
 					return err
 				}
 			}
@@ -418,8 +418,8 @@ func TestReset(t *testing.T) {
 			m.Drain()
 			return nil
 		})
-		var reset *ResetError
-		if err := <-got; !errors.As(err, &reset) || reset.Code != CodeCancel {
+		var reset *http2.ResetError
+		if err := <-got; !errors.As(err, &reset) || reset.Code != http2.CodeCancel {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -532,102 +532,6 @@ func goExchange(tr *http.Transport, n int) error {
 	return nil
 }
 
-// hostile is what a peer may try; each must cost it the session.
-func TestHostilePeers(t *testing.T) {
-	block := func(pairs ...string) []byte {
-		var b bytes.Buffer
-		enc := hpack.NewEncoder(&b)
-		for i := 0; i < len(pairs); i += 2 {
-			_ = enc.WriteField(hpack.HeaderField{Name: pairs[i], Value: pairs[i+1]})
-		}
-		return b.Bytes()
-	}
-	connect := block(":method", "CONNECT", ":authority", "a.example:1")
-	frame := func(kind, flags uint8, id uint32, p []byte) []byte {
-		return append(appendHeader(nil, len(p), kind, flags, id), p...)
-	}
-	repeat := func(n int, f func(i int) []byte) []byte {
-		var b []byte
-		for i := range n {
-			b = append(b, f(i)...)
-		}
-		return b
-	}
-	hello := slices.Clip(append([]byte(preface), appendSettings(nil)...))
-	cases := []struct {
-		name string
-		send []byte
-		code Code
-	}{
-		{"no preface", []byte("GET / HTTP/1.1\r\nHost: a\r\n\r\n"), CodeProtocol},
-		{"no settings", append([]byte(preface), frame(framePing, 0, 0, make([]byte, 8))...), CodeProtocol},
-		{"rapid reset", append(hello, repeat(2000, func(i int) []byte {
-			id := uint32(2*i + 1)
-			return append(frame(frameHeaders, flagEndHeaders, id, connect), appendReset(nil, id, CodeCancel)...)
-		})...), CodeEnhanceYourCalm},
-		{"too many streams", append(hello, repeat(5000, func(i int) []byte {
-			return frame(frameHeaders, flagEndHeaders, uint32(2*i+1), connect)
-		})...), CodeEnhanceYourCalm},
-		{"settings flood", append(hello, repeat(100, func(int) []byte { return appendSettings(nil, settingInitialWindow, 70000) })...), CodeEnhanceYourCalm},
-		{"ping flood", append(hello, repeat(200, func(int) []byte { return frame(framePing, 0, 0, make([]byte, 8)) })...), CodeEnhanceYourCalm},
-		{"priority flood", append(hello, repeat(50000, func(int) []byte { return frame(framePriority, 0, 1, make([]byte, 5)) })...), CodeEnhanceYourCalm},
-		{"unknown flood", append(hello, repeat(50000, func(int) []byte { return frame(99, 0, 1, nil) })...), CodeEnhanceYourCalm},
-		{"empty data flood", append(append(hello, frame(frameHeaders, flagEndHeaders, 1, connect)...),
-			repeat(1000, func(int) []byte { return frame(frameData, 0, 1, nil) })...), CodeEnhanceYourCalm},
-		{"continuation flood", append(append(hello, frame(frameHeaders, 0, 1, connect)...),
-			repeat(1000, func(int) []byte { return frame(frameContinuation, 0, 1, nil) })...), CodeEnhanceYourCalm},
-		{"large header block", append(append(hello, frame(frameHeaders, 0, 1, connect)...),
-			repeat(4, func(int) []byte { return frame(frameContinuation, 0, 1, make([]byte, 8000)) })...), CodeEnhanceYourCalm},
-		{"interrupted block", append(append(hello, frame(frameHeaders, 0, 1, connect)...), frame(framePing, 0, 0, make([]byte, 8))...), CodeProtocol},
-		{"bad compression", append(hello, frame(frameHeaders, flagEndHeaders, 1, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff})...), CodeCompression},
-		{"large frame", append(hello, appendHeader(nil, maxFrame+1, frameData, 0, 1)...), CodeFrameSize},
-		{"even stream", append(hello, frame(frameHeaders, flagEndHeaders, 2, connect)...), CodeProtocol},
-		{"data for no stream", append(hello, frame(frameData, 0, 1, []byte("x"))...), CodeProtocol},
-		{"reset of no stream", append(hello, appendReset(nil, 1, CodeCancel)...), CodeProtocol},
-		{"window of nothing", append(hello, appendWindow(nil, 0, 0)...), CodeProtocol},
-		{"window overflow", append(hello, append(appendWindow(nil, 0, maxWindow), appendWindow(nil, 0, maxWindow)...)...), CodeFlowControl},
-		{"initial window overflow", append(hello, appendSettings(nil, settingInitialWindow, 1<<31)...), CodeFlowControl},
-		{"push promise", append(hello, frame(framePush, flagEndHeaders, 1, make([]byte, 4))...), CodeProtocol},
-		{"padding", append(append(hello, frame(frameHeaders, flagEndHeaders, 1, connect)...), frame(frameData, flagPadded, 1, []byte{200, 1})...), CodeProtocol},
-		{"settings of a wrong size", append(hello, frame(frameSettings, 0, 0, make([]byte, 7))...), CodeFrameSize},
-		{"settings for a stream", append(hello, frame(frameSettings, 0, 1, nil)...), CodeProtocol},
-		{"max frame size", append(hello, appendSettings(nil, settingMaxFrame, 1)...), CodeProtocol},
-		{"ping of a wrong size", append(hello, frame(framePing, 0, 0, make([]byte, 7))...), CodeFrameSize},
-	}
-	e, err := netloop.New(netloop.Options{Loops: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer e.Close()
-	ended := make(chan error, 1)
-	addr := listen(t, e, func(task *netloop.Task, c *netloop.Conn) {
-		// A handshake that does not come ends early here.
-		ended <- Serve(task, c, Config{MaxStreams: 100, Handshake: 2 * time.Second}, func(task *netloop.Task, s *Stream) {
-			// Accepting takes as long as it does for a real destination.
-			_ = task.Sleep(time.Hour)
-		})
-	})
-	for _, c := range cases {
-		t.Run(c.name, func(t *testing.T) {
-			conn, err := net.Dial("tcp4", addr)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
-			go func() { _, _ = conn.Write(c.send) }()
-			err = <-ended
-			var f *FaultError
-			if !errors.As(err, &f) || f.Code != c.code {
-				t.Fatalf("the session ended with %v, want code %d", err, c.code)
-			}
-		})
-	}
-	if s := e.Stats(); s.Panics != 0 {
-		t.Errorf("%d panics", s.Panics)
-	}
-}
-
 // TestStreamFaults are what costs the peer a stream and not the session.
 func TestStreamFaults(t *testing.T) {
 	e, err := netloop.New(netloop.Options{Loops: 1})
@@ -642,8 +546,8 @@ func TestStreamFaults(t *testing.T) {
 	}
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
-	fr := http2.NewFramer(conn, conn)
-	if _, err := io.WriteString(conn, preface); err != nil {
+	fr := xhttp2.NewFramer(conn, conn)
+	if _, err := io.WriteString(conn, http2.Preface); err != nil {
 		t.Fatal(err)
 	}
 	_ = fr.WriteSettings()
@@ -654,7 +558,7 @@ func TestStreamFaults(t *testing.T) {
 		for i := 0; i < len(pairs); i += 2 {
 			_ = enc.WriteField(hpack.HeaderField{Name: pairs[i], Value: pairs[i+1]})
 		}
-		_ = fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: b.Bytes(), EndHeaders: true})
+		_ = fr.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: id, BlockFragment: b.Bytes(), EndHeaders: true})
 	}
 	cases := [][]string{
 		{":method", "CONNECT"},
@@ -681,9 +585,9 @@ func TestStreamFaults(t *testing.T) {
 			t.Fatal(err)
 		}
 		switch f := f.(type) {
-		case *http2.RSTStreamFrame:
+		case *xhttp2.RSTStreamFrame:
 			reset[f.StreamID] = true
-		case *http2.DataFrame:
+		case *xhttp2.DataFrame:
 			if f.StreamID != good || string(f.Data()) != "hi" {
 				continue
 			}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tunnel
+package http2
 
 import (
 	"encoding/binary"
@@ -92,11 +92,17 @@ func (m *Session) takeData(h header, p []byte) error {
 		return fault(CodeEnhanceYourCalm, "too many DATA frames without data")
 	}
 	s := m.streams[h.stream]
-	if s == nil || s.rerr != nil {
+	switch {
+	case s == nil:
 		m.consumed(h.length)
-		if s != nil {
-			s.reset(CodeStreamClosed, &ResetError{CodeStreamClosed})
-		}
+		return nil
+	case s.rerr != nil:
+		m.consumed(h.length)
+		s.reset(CodeStreamClosed, &ResetError{CodeStreamClosed})
+		return nil
+	case !s.headRead:
+		m.consumed(h.length)
+		s.reset(CodeProtocol, fault(CodeProtocol, "DATA before a header list"))
 		return nil
 	}
 	if s.credit -= h.length; s.credit < 0 {
@@ -132,16 +138,17 @@ func (m *Session) takeReset(h header, p []byte) error {
 	if !m.resets.take(m.heard) {
 		return fault(CodeEnhanceYourCalm, "too many resets")
 	}
+	code := Code(binary.BigEndian.Uint32(p))
 	// The rapid reset: opened, and taken back before anything came of it.
-	if m.server && (s == nil || s.state == stateOpening || m.heard.Sub(s.born) < time.Second && s.finSent) && !m.earlyResets.take(m.heard) {
+	early := s == nil && code != CodeNone || s != nil && (!s.headSent || m.heard.Sub(s.born) < time.Second && s.finSent)
+	if m.server && early && !m.earlyResets.take(m.heard) {
 		return fault(CodeEnhanceYourCalm, "too many early resets")
 	}
 	if s == nil {
 		return nil
 	}
-	code := Code(binary.BigEndian.Uint32(p))
 	var cause error = &ResetError{code}
-	if code == CodeRefused && s.state == stateOpening {
+	if code == CodeRefused && !s.headRead {
 		cause = ErrDraining
 	}
 	if s.rerr == nil {
@@ -239,7 +246,7 @@ func (m *Session) takeGoAway(h header, p []byte) error {
 	}
 	last := binary.BigEndian.Uint32(p) & maxWindow
 	if !m.draining || m.retired {
-		m.draining, m.retired, m.drainedAt = true, false, m.heard
+		m.beginDrain(m.heard)
 	}
 	if !m.server {
 		for id, s := range m.streams {

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tunnel
+package http2
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"time"
+)
 
-// preface is what a client sends first (RFC 9113, 3.4).
-const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+// Preface is what a client sends first (RFC 9113, 3.4).
+const Preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 // Frame types (RFC 9113, 6).
 const (
@@ -29,6 +32,10 @@ const (
 	flagPriority   = 0x20
 )
 
+// lateStreams is for how long a stream is still served that the peer opened
+// before it saw GOAWAY.
+const lateStreams = time.Second
+
 // Settings (RFC 9113, 6.5.2).
 const (
 	settingTableSize     = 0x1
@@ -46,9 +53,11 @@ const (
 	maxData   = 16<<10 - headerSize
 	maxWindow = 1<<31 - 1
 
-	maxHeaderBlock   = 16 << 10 // bytes of a header block, compressed
-	maxHeaderList    = 16 << 10 // bytes of a header list (RFC 9113, 6.5.2)
 	maxContinuations = 8
+	maxHeads         = 32 // header lists of a stream that wait to be read
+	// maxQueued is how much may wait for the socket beyond Config.WriteLimit,
+	// in frames that no window bounds, before nothing more is read.
+	maxQueued = 256 << 10
 )
 
 type header struct {

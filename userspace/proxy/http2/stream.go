@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tunnel
+package http2
 
 import (
 	"errors"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"syscall"
 	"time"
@@ -14,34 +13,24 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 )
 
-// Connect is what a CONNECT request asks for.
-type Connect struct {
-	Authority string // host:port, as received
-	Forwarded string // the value of the only Forwarded field, "" without one
-}
-
-type streamState uint8
-
-const (
-	stateOpening streamState = iota // CONNECT sent or received, not answered
-	stateOpen
-	stateOver // reset or refused; no longer in the session's table
-)
-
-// Stream is one CONNECT stream: a netloop.Stream, to be used by tasks of its
-// session's loop, one reader at a time.
+// Stream is one stream of a session, to be used by tasks of the session's
+// loop, one reader at a time. Its header lists are read and sent by Head,
+// ReadHead, Trailers and SendHead, SendInterim, SendTrailers; between them it
+// is a stream of bytes.
 type Stream struct {
-	m      *Session
-	id     uint32
-	state  streamState
-	opened bool // client side: answered with 200
-	born   time.Time
-	// Local and Remote are what LocalAddr and RemoteAddr return.
-	Local, Remote netip.AddrPort
+	m    *Session
+	id   uint32
+	over bool // ended in both directions or reset; no longer in the session's table
+	born time.Time
+	// Ended is called once when the stream has ended in both directions or was
+	// reset, by either side. It must not park. May be nil.
+	Ended func()
 
-	request Connect
-	status  int // the answer, client side
-	reason  string
+	head     Head   // server: of the request
+	heads    []Head // client: of responses, not read yet
+	trailers *Head  // that the peer sent
+	headRead bool   // the peer's last header list before the data came
+	headSent bool   // and ours was sent
 
 	// Receiving.
 	in       []byte // received, not read, from inOff on
@@ -58,9 +47,10 @@ type Stream struct {
 	// Sending.
 	out      []byte // waits for window, from outOff on
 	outOff   int
-	send     int64 // window that the peer gives
-	queued   bool  // in the session's list of waiting streams
-	fin      bool  // CloseWrite was called
+	send     int64   // window that the peer gives
+	queued   bool    // in the session's list of waiting streams
+	last     []Field // trailers to be sent
+	fin      bool    // CloseWrite was called
 	finSent  bool
 	orderly  bool // all output was sent, END_STREAM included
 	closed   bool // Close was called
@@ -70,38 +60,82 @@ type Stream struct {
 	progress time.Time // when output last moved, while some waits
 }
 
-// Request is what the peer asked for, server side.
-func (s *Stream) Request() Connect { return s.request }
-
-// Session is the tunnel that the stream is part of.
+// Session is what the stream is part of.
 func (s *Stream) Session() *Session { return s.m }
 
-// Accept answers 200.
-func (s *Stream) Accept() error {
-	if s.state != stateOpening {
-		return s.over()
+// Over says that the stream has ended in both directions or was reset.
+func (s *Stream) Over() bool { return s.over }
+
+// Ends says that nothing more comes from the peer than what waits to be read.
+func (s *Stream) Ends() bool { return s.rerr != nil }
+
+// Head is what the request began with, server side.
+func (s *Stream) Head() *Head { return &s.head }
+
+// ReadHead parks until the peer's next header list is there, client side: of
+// interim responses, then of the final one. It returns the error of the
+// stream, io.ErrUnexpectedEOF after the final one, and os.ErrDeadlineExceeded
+// at the read deadline.
+func (s *Stream) ReadHead() (Head, error) {
+	for {
+		switch {
+		case len(s.heads) > 0:
+			h := s.heads[0]
+			s.heads = s.heads[1:]
+			return h, nil
+		case s.headRead:
+			return Head{}, io.ErrUnexpectedEOF
+		case s.rerr != nil:
+			return Head{}, s.rerr
+		case expired(s.rdl):
+			return Head{}, os.ErrDeadlineExceeded
+		}
+		if err := s.m.task.Current().WaitUntil(&s.readable, s.rdl); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return Head{}, err
+		}
 	}
-	s.state = stateOpen
-	s.m.respond(s.id, 200, "", false)
+}
+
+// Trailers is the header list that ended the stream, nil if there was none.
+// It is known once Read has returned io.EOF.
+func (s *Stream) Trailers() *Head { return s.trailers }
+
+// SendInterim sends the header list of a response that is not the final one.
+func (s *Stream) SendInterim(list []Field) error {
+	if s.over || s.headSent {
+		return s.gone()
+	}
+	s.m.writeBlock(s.id, list, false)
 	return nil
 }
 
-// Refuse answers with another status, and a reason code, and ends the
-// stream.
-func (s *Stream) Refuse(status int, reason string) error {
-	if s.state != stateOpening {
-		return s.over()
+// SendHead sends the header list before the data, with end instead of any
+// data. It is for a server: a client's goes with Open. Call Session.Room
+// before.
+func (s *Stream) SendHead(list []Field, end bool) error {
+	if s.over || s.headSent || s.fin {
+		return s.gone()
 	}
-	s.m.respond(s.id, status, reason, true)
-	s.finSent = true
-	if s.rerr == nil {
-		s.m.out = appendReset(s.m.out, s.id, CodeNone)
+	s.headSent = true
+	s.m.writeBlock(s.id, list, end)
+	if end {
+		s.fin, s.finSent = true, true
+		s.finish()
 	}
-	s.m.remove(s, ErrClosed)
 	return nil
 }
 
-func (s *Stream) over() error {
+// SendTrailers ends the sending side with a header list once what was written
+// is sent.
+func (s *Stream) SendTrailers(list []Field) error {
+	if s.over || s.fin {
+		return s.gone()
+	}
+	s.last = list
+	return s.CloseWrite()
+}
+
+func (s *Stream) gone() error {
 	if s.werr != nil {
 		return s.werr
 	}
@@ -190,7 +224,7 @@ func (s *Stream) deliver(p []byte) {
 // larger window.
 func (s *Stream) consumed(n int) {
 	s.m.consumed(n)
-	if s.rerr != nil || s.state == stateOver {
+	if s.rerr != nil || s.over {
 		return
 	}
 	s.owed += n
@@ -261,13 +295,18 @@ func (s *Stream) move() {
 
 // finish sends END_STREAM when it is due.
 func (s *Stream) finish() {
-	if s.state == stateOver || s.pending() > 0 {
+	if s.over || s.pending() > 0 {
 		return
 	}
 	if s.fin && !s.finSent {
 		s.finSent = true
-		s.m.out = appendHeader(s.m.out, 0, frameData, flagEndStream, s.id)
-		s.m.wake()
+		if s.last != nil {
+			s.m.writeBlock(s.id, s.last, true)
+			s.last = nil
+		} else {
+			s.m.out = appendHeader(s.m.out, 0, frameData, flagEndStream, s.id)
+			s.m.wake()
+		}
 	}
 	switch {
 	case s.finSent && s.rerr != nil:
@@ -319,12 +358,12 @@ func (s *Stream) CloseWrite() error {
 }
 
 // Close ends both sides. What was written is still sent; what was received
-// is dropped. An unanswered stream is refused.
+// is dropped. A stream that has not been answered yet is reset.
 func (s *Stream) Close() error {
 	if s.closed {
 		return net.ErrClosed
 	}
-	if s.state == stateOpening {
+	if !s.headSent || !s.headRead {
 		s.reset(CodeCancel, net.ErrClosed)
 	}
 	s.closed = true
@@ -341,11 +380,11 @@ func (s *Stream) Close() error {
 // Abort resets the stream and drops what was written.
 func (s *Stream) Abort() { s.reset(CodeCancel, net.ErrClosed) }
 
-// AbortWith is Abort with the error that the stream's tasks get.
-func (s *Stream) AbortWith(cause error) { s.reset(CodeCancel, cause) }
+// Reset resets the stream with that code; its tasks get cause.
+func (s *Stream) Reset(code Code, cause error) { s.reset(code, cause) }
 
 func (s *Stream) reset(code Code, cause error) {
-	if s.state == stateOver {
+	if s.over {
 		return
 	}
 	s.m.out = appendReset(s.m.out, s.id, code)
@@ -368,12 +407,6 @@ func (s *Stream) drop() {
 // Draining says that the session takes no more streams and will end this
 // one: code that serves one request after another ends after the current one.
 func (s *Stream) Draining() bool { return s.m.draining }
-
-// LocalAddr is the address that the stream stands for at this end.
-func (s *Stream) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(s.Local) }
-
-// RemoteAddr is the address of the client or the destination.
-func (s *Stream) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(s.Remote) }
 
 // SetDeadline sets both deadlines; the zero time is none.
 func (s *Stream) SetDeadline(t time.Time) error {

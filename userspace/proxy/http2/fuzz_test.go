@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tunnel
+package http2
 
 import (
 	"bytes"
@@ -55,7 +55,7 @@ func FuzzFrames(f *testing.F) {
 		if used > len(in) || err == nil && len(in)-used > maxFrame+headerSize {
 			t.Fatalf("used %d of %d", used, len(in))
 		}
-		if len(m.streams) > 10 || len(m.headers) > maxHeaderBlock+maxFrame {
+		if len(m.streams) > 10 || len(m.headers) > m.cfg.MaxHeaderList+maxFrame {
 			t.Fatalf("%d streams, %d bytes of header block", len(m.streams), len(m.headers))
 		}
 		held := 0

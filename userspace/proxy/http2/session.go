@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tunnel
+package http2
 
 import (
 	"bytes"
@@ -14,7 +14,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// Session is one tunnel connection. It belongs to one loop.
+// Session is one connection in either role. It belongs to one loop.
 type Session struct {
 	c       netloop.Stream
 	task    *netloop.Task // any task of the loop
@@ -23,6 +23,7 @@ type Session struct {
 	handler func(*netloop.Task, *Stream)
 
 	streams map[uint32]*Stream
+	serving int    // handlers that have not returned
 	nextID  uint32 // client: of the next stream
 	lastID  uint32 // server: highest that the peer opened
 	waiting []*Stream
@@ -31,6 +32,7 @@ type Session struct {
 	spare   []byte
 	work    netloop.Event // there is something for the writer
 	changed netloop.Event // the number of streams, or the end of the session
+	taken   netloop.Event // the writer took what was in out
 	buffers [][]byte
 	large   [][]byte
 	block   bytes.Buffer // of the encoder
@@ -48,7 +50,8 @@ type Session struct {
 
 	enc      *hpack.Encoder
 	dec      *hpack.Decoder
-	fields   fields
+	list     Head   // that is being decoded
+	size     int    // of it (RFC 9113, 6.5.2)
 	headers  []byte // a header block that is not complete
 	headerOf header // its HEADERS frame
 	inBlock  bool
@@ -76,25 +79,25 @@ func newSession(t *netloop.Task, c netloop.Stream, cfg Config, server bool) *Ses
 	m.credit = m.cfg.ConnWindow
 	m.enc = hpack.NewEncoder(&m.block)
 	m.enc.SetMaxDynamicTableSizeLimit(4096)
-	m.dec = hpack.NewDecoder(4096, m.fields.add)
-	m.dec.SetMaxStringLength(maxHeaderList)
+	m.dec = hpack.NewDecoder(4096, m.field)
+	m.dec.SetMaxStringLength(m.cfg.MaxHeaderList)
 	return m
 }
 
 // start queues what each side sends first.
 func (m *Session) start() {
 	if !m.server {
-		m.out = append(m.out, preface...)
+		m.out = append(m.out, Preface...)
 	}
 	m.out = appendSettings(m.out, settingPush, 0, settingMaxStreams, uint32(m.cfg.MaxStreams), settingInitialWindow, uint32(m.cfg.Window),
-		settingMaxHeaderList, maxHeaderList)
+		settingMaxHeaderList, uint32(m.cfg.MaxHeaderList))
 	m.out = appendWindow(m.out, 0, m.cfg.ConnWindow-65535)
 	m.wake()
 }
 
 // Serve runs the server's side of a session on c until it ends; handler runs
-// for each CONNECT request in a task of its own, and the stream is closed
-// when it returns. Serve returns nil when both sides ended in order. It does
+// for each request in a task of its own, and the stream is closed when it
+// returns. Serve returns nil when both sides ended in order. It does
 // not close c.
 func Serve(t *netloop.Task, c netloop.Stream, cfg Config, handler func(*netloop.Task, *Stream)) error {
 	m := newSession(t, c, cfg, true)
@@ -109,7 +112,7 @@ func Serve(t *netloop.Task, c netloop.Stream, cfg Config, handler func(*netloop.
 func Dial(t *netloop.Task, c netloop.Stream, cfg Config) *Session {
 	m := newSession(t, c, cfg, false)
 	m.start()
-	own := beneath(c)
+	own := connOf(c)
 	if own != nil {
 		t.Disown(own)
 	}
@@ -125,11 +128,12 @@ func Dial(t *netloop.Task, c netloop.Stream, cfg Config) *Session {
 	return m
 }
 
-// beneath is the connection of the loop under c.
-func beneath(c any) *netloop.Conn {
+// beneath is what can be aborted under c: a connection of the loop, or a
+// stream of another session.
+func beneath(c any) interface{ Abort() } {
 	for {
 		switch v := c.(type) {
-		case *netloop.Conn:
+		case interface{ Abort() }:
 			return v
 		case interface{ NetConn() net.Conn }:
 			c = v.NetConn()
@@ -137,6 +141,40 @@ func beneath(c any) *netloop.Conn {
 			return nil
 		}
 	}
+}
+
+// connOf is the connection of the loop under c, nil if there is none.
+func connOf(c any) *netloop.Conn {
+	conn, _ := beneath(c).(*netloop.Conn)
+	return conn
+}
+
+// Changed parks until the number of streams changes, or the session drains or
+// ends, or the deadline.
+func (m *Session) Changed(t *netloop.Task, deadline time.Time) error {
+	return t.WaitUntil(&m.changed, deadline)
+}
+
+// Await parks until the session is usable, or will not be any more, or the
+// deadline.
+func (m *Session) Await(t *netloop.Task, deadline time.Time) error {
+	for !m.settled && !m.over && !m.draining || m.Full() {
+		if err := t.WaitUntil(&m.changed, deadline); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Room parks until what waits for the socket is little enough for a header
+// list, which no window bounds. It returns an error where the session ends.
+func (m *Session) Room(t *netloop.Task) error {
+	for len(m.out) > m.cfg.WriteLimit && !m.over {
+		if err := t.Wait(&m.taken); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Usable says whether another stream may be opened.
@@ -165,11 +203,24 @@ func (m *Session) Drain() {
 	if m.draining && !m.retired || m.over {
 		return
 	}
-	m.draining, m.retired, m.drainedAt = true, false, time.Now()
+	m.beginDrain(time.Now())
 	if m.server {
 		m.out = appendGoAway(m.out, maxWindow, CodeNone)
 	}
 	m.wakeAll()
+}
+
+func (m *Session) beginDrain(now time.Time) {
+	m.draining, m.retired, m.drainedAt = true, false, now
+	m.drained()
+}
+
+// drained tells that no more streams are taken.
+func (m *Session) drained() {
+	if f := m.cfg.OnDrain; f != nil {
+		m.cfg.OnDrain = nil
+		f()
+	}
 }
 
 // Retire lets no more streams be opened here and ends the session when the
@@ -177,6 +228,7 @@ func (m *Session) Drain() {
 func (m *Session) Retire() {
 	if !m.draining && !m.over {
 		m.draining, m.retired = true, true
+		m.drained()
 		m.wakeAll()
 	}
 }
@@ -185,12 +237,13 @@ func (m *Session) Retire() {
 func (m *Session) wakeAll() {
 	m.work.Signal()
 	m.changed.Broadcast()
+	m.taken.Broadcast()
 }
 
 // Kill ends the session at once; its streams get cause.
 func (m *Session) Kill(cause error) {
+	m.finishAll(cause)
 	if c := beneath(m.c); c != nil {
-		m.finishAll(cause)
 		c.Abort()
 	}
 }
@@ -247,7 +300,7 @@ func (m *Session) read(t *netloop.Task) error {
 				return err
 			}
 			if greeted {
-				used = len(preface)
+				used = len(Preface)
 			}
 		}
 		if greeted {
@@ -258,6 +311,12 @@ func (m *Session) read(t *netloop.Task) error {
 			used += k
 		}
 		w = copy(buf, buf[used:w])
+		for len(m.out) > m.cfg.WriteLimit+maxQueued && !m.over {
+			// It asks for more than it takes.
+			if err := t.Wait(&m.taken); err != nil {
+				return err
+			}
+		}
 		if err == nil {
 			continue
 		}
@@ -267,13 +326,13 @@ func (m *Session) read(t *netloop.Task) error {
 	}
 }
 
-// greet judges the client's preface.
+// greet judges the client's Preface.
 func (m *Session) greet(b []byte, err error) (done bool, _ error) {
-	n := min(len(b), len(preface))
-	if string(b[:n]) != preface[:n] {
-		return false, fault(CodeProtocol, "no HTTP/2 preface")
+	n := min(len(b), len(Preface))
+	if string(b[:n]) != Preface[:n] {
+		return false, fault(CodeProtocol, "no HTTP/2 Preface")
 	}
-	if n == len(preface) {
+	if n == len(Preface) {
 		return true, nil
 	}
 	return false, err
@@ -338,6 +397,7 @@ func (m *Session) finishAll(err error) {
 		return
 	}
 	m.over, m.err = true, err
+	m.drained()
 	cause := err
 	if cause == nil {
 		cause = ErrClosed
@@ -360,10 +420,10 @@ func (s *Stream) end(cause error) {
 
 // remove takes the stream out of the session; cause is what writers get.
 func (m *Session) remove(s *Stream, cause error) {
-	if s.state == stateOver {
+	if s.over {
 		return
 	}
-	s.state = stateOver
+	s.over = true
 	s.orderly = cause == nil && s.finSent
 	if s.werr == nil {
 		s.werr = cause
@@ -378,6 +438,10 @@ func (m *Session) remove(s *Stream, cause error) {
 	s.readable.Broadcast()
 	s.drained.Broadcast()
 	m.wakeAll()
+	if f := s.Ended; f != nil {
+		s.Ended = nil
+		f()
+	}
 }
 
 // consumed credits what left the session's buffers.
@@ -399,7 +463,7 @@ const quantum = 2 * maxData
 // how much that is. It makes no small frames of large output.
 func (m *Session) frame(s *Stream, p []byte) int {
 	sent := 0
-	for len(p) > 0 && !m.over && s.state != stateOver {
+	for len(p) > 0 && !m.over && !s.over {
 		n := int(min(s.send, m.send, int64(m.peerFrame), int64(m.cfg.WriteLimit-len(m.out))))
 		if n >= len(p) {
 			n = len(p)
@@ -407,6 +471,7 @@ func (m *Session) frame(s *Stream, p []byte) int {
 			break
 		}
 		m.out = append(appendHeader(m.out, n, frameData, 0, s.id), p[:n]...)
+		m.sent()
 		s.send -= int64(n)
 		m.send -= int64(n)
 		p = p[n:]
@@ -416,6 +481,13 @@ func (m *Session) frame(s *Stream, p []byte) int {
 		m.wake()
 	}
 	return sent
+}
+
+// sent lets the peer say what a frame of data or headers calls for: window
+// updates, the ping of who measures the bandwidth.
+func (m *Session) sent() {
+	m.control.give(3)
+	m.pings.give(1)
 }
 
 // enqueue has the stream's output moved when a window opens or the socket
@@ -438,11 +510,11 @@ func (m *Session) refill() {
 			return
 		}
 		s.queued = false
-		if s.state == stateOver || s.pending() == 0 {
+		if s.over || s.pending() == 0 {
 			continue
 		}
 		s.move()
-		if s.state != stateOver && s.pending() > 0 && s.send >= 512 {
+		if !s.over && s.pending() > 0 && s.send >= 512 {
 			s.queued = true
 			m.waiting = append(m.waiting, s)
 		}
@@ -458,13 +530,11 @@ func (m *Session) writer(t *netloop.Task) {
 		if len(m.out) > 0 && !m.over {
 			b := m.out
 			m.out = m.spare[:0]
-			_, err := m.c.Write(b)
+			m.taken.Broadcast()
+			err := m.flush(b)
 			m.spare = b
 			if cap(b) > 2*m.cfg.WriteLimit {
 				m.spare = nil
-			}
-			if err == nil {
-				err = netloop.Flushed(m.c, m.cfg.WriteLimit)
 			}
 			if err != nil {
 				m.Kill(err)
@@ -482,12 +552,27 @@ func (m *Session) writer(t *netloop.Task) {
 	}
 }
 
+// flush writes b, piece by piece where it is long, and waits for a slow peer.
+func (m *Session) flush(b []byte) error {
+	for len(b) > 0 {
+		n := min(len(b), 2*m.cfg.WriteLimit)
+		if _, err := m.c.Write(b[:n]); err != nil {
+			return err
+		}
+		if err := netloop.Flushed(m.c, m.cfg.WriteLimit); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
 // drainOver ends the session when its drain is done.
 func (m *Session) drainOver() bool {
 	if !m.draining || len(m.streams) > 0 && m.retired || len(m.streams) > 0 && time.Since(m.drainedAt) < m.cfg.DrainTimeout {
 		return false
 	}
-	if len(m.streams) == 0 && m.server && time.Since(m.drainedAt) < min(time.Second, m.cfg.DrainTimeout) {
+	if len(m.streams) == 0 && m.server && time.Since(m.drainedAt) < min(lateStreams, m.cfg.DrainTimeout) {
 		// A stream that the peer opened before it saw GOAWAY is still served.
 		return false
 	}
@@ -518,7 +603,7 @@ func (m *Session) tick() time.Duration {
 // sweep does what is due by the time alone.
 func (m *Session) sweep() {
 	now := time.Now()
-	if !m.cfg.NotAfter.IsZero() && !now.Before(m.cfg.NotAfter) {
+	if !m.cfg.NotAfter.IsZero() && !now.Before(m.cfg.NotAfter) || m.cfg.Ending != nil && !m.draining && m.cfg.Ending() {
 		m.Drain()
 	}
 	for _, s := range m.waitingClosed() {
