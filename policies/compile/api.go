@@ -127,6 +127,12 @@ type TokenRule struct {
 	Audience string
 	Scopes   []string // all of them
 	Bound    Bound
+	// ACR are the authentication context classes of which one must be shown,
+	// MaxAge is how long ago the subject may have authenticated (RFC 9470);
+	// nil and 0: neither is asked for. Challenge says so to a caller.
+	ACR       []string
+	MaxAge    time.Duration
+	Challenge string
 }
 
 // Anomaly holds p-value thresholds; 0 is one that is not set.

@@ -22,6 +22,9 @@ func (r *Rule) Requires() (asks []string) {
 		if t.Bound == BoundMTLS {
 			s += ", bound to mtls"
 		}
+		if t.Challenge != "" {
+			s += t.Challenge
+		}
 		asks = append(asks, s)
 	}
 	if l := r.Relation; l != nil {

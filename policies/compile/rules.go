@@ -5,7 +5,9 @@ package compile
 import (
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
@@ -359,11 +361,35 @@ func (c *compiler) token(a *API, r *ruleSource) {
 			c.report.Errorf(r.at("token", "scopes", i), "scopes: %q is not a scope", s)
 		}
 	}
+	c.authentication(r, t)
 	if t.BoundTo == "mtls" {
 		r.Token.Bound = BoundMTLS
 		if a.MTLS == MTLSOff && !slices.ContainsFunc(a.Rules, (*Rule).boundToMTLS) { // said once
 			c.report.Errorf(r.doc.At("spec", "mtls"), `mtls: "off" with token.boundTo: mtls can never be satisfied`)
 		}
+	}
+}
+
+// authentication reads how and when the token's subject must have
+// authenticated.
+func (c *compiler) authentication(r *ruleSource, t *v1alpha1.Token) {
+	r.Token.ACR = t.ACR
+	c.distinct(&r.doc.Document, "acr", t.ACR, "spec", "rules", r.index, "token", "acr")
+	for i, s := range t.ACR {
+		// They stand in a quoted list that is parted by spaces.
+		if strings.ContainsFunc(s, func(x rune) bool { return x <= ' ' || x >= 0x7f || x == '"' || x == '\\' }) {
+			c.report.Errorf(r.at("token", "acr", i), "acr: %q is not an authentication context class", s)
+		}
+	}
+	if t.ACR != nil {
+		r.Token.Challenge = `, acr_values="` + strings.Join(t.ACR, " ") + `"`
+	}
+	if t.MaxAge != nil {
+		r.Token.MaxAge = time.Duration(*t.MaxAge)
+		if r.Token.MaxAge%time.Second != 0 {
+			c.report.Errorf(r.at("token", "maxAge"), "maxAge: is not a number of whole seconds")
+		}
+		r.Token.Challenge += ", max_age=" + strconv.FormatInt(int64(r.Token.MaxAge/time.Second), 10)
 	}
 }
 

@@ -27,8 +27,6 @@ var unsupported = map[string]bool{
 	"Rule.grpc":                    true,
 	"Rule.upgrade":                 true,
 	"App.ca":                       true,
-	"Token.acr":                    true,
-	"Token.maxAge":                 true,
 	"Token.boundTo=dpop":           true,
 	"Token.boundTo=signature":      true,
 	"Anomaly.stepUp":               true,

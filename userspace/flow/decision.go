@@ -83,8 +83,11 @@ type Decision struct {
 	Policy   string // namespace/name
 	Rule     string
 	Position string // file:line of the rule, or of the policy for the default
-	Template string // path template that matched, "" without one; the path itself is never logged
-	Steps    []Step // the trace; nil unless asked for or refused
+	// Challenge are further parameters of the WWW-Authenticate field of a
+	// step-up (RFC 9470 section 3), "" for none.
+	Challenge string
+	Template  string // path template that matched, "" without one; the path itself is never logged
+	Steps     []Step // the trace; nil unless asked for or refused
 	// DirectOK says that identity alone decided, so that the kernel may hold
 	// the verdict and later connections need no proxy.
 	DirectOK bool

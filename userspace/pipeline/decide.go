@@ -238,6 +238,9 @@ func (r *run) grant(m *compile.Match) {
 	r.until(r.leaseEnd)
 	if c := r.verified; c != nil {
 		r.until(c.Expiry)
+		if age := m.Rule.Token.MaxAge; age > 0 {
+			r.until(c.AuthTime.Add(age))
+		}
 		d.Subjects[1], d.Subjects[2] = c.SubjectKey, c.TokenKey
 	}
 }

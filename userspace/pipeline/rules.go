@@ -91,12 +91,18 @@ func (r *run) denies(m *compile.Match) bool {
 // conclude refuses for what a rule's stage has found and noted already.
 func (r *run) conclude(f finding) {
 	r.d.Effect, r.d.Stage, r.d.Reason, r.d.Detail = flow.EffectDeny, f.stage, f.reason, f.detail
+	if f.reason == flow.ReasonStepUp {
+		r.d.Effect = flow.EffectStepUp
+	}
 }
 
 // name writes the rule into the decision.
 func (r *run) name(m *compile.Match) {
 	r.d.Rule = m.Rule.Name
 	r.d.Template = m.Template
+	if t := m.Rule.Token; t != nil {
+		r.d.Challenge = t.Challenge
+	}
 	pos, ok := r.st.rules[m.Rule]
 	if !ok {
 		pos = m.Rule.Position.FileLine()
@@ -158,7 +164,7 @@ func (r *run) token(rule *compile.Rule) finding {
 	if !ok {
 		issuer = t.Issuer.FullName()
 	}
-	r.check = token.Check{Issuer: issuer, Audience: t.Audience, Scopes: t.Scopes,
+	r.check = token.Check{Issuer: issuer, Audience: t.Audience, Scopes: t.Scopes, ACR: t.ACR, MaxAge: t.MaxAge,
 		BoundTo: bindings[t.Bound], Thumbprints: r.req.Peer.Thumbprints, Now: r.now}
 	claims, reason, err := r.p.opt.Tokens.Verify(r.raw, &r.check)
 	if err != nil && errors.Is(err, token.ErrKeysPending) {

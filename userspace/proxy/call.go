@@ -395,7 +395,7 @@ const (
 // says whether the connection can go on.
 func (c *call) deny(whole bool) bool {
 	keep := whole && !c.head.Close && !c.ending()
-	b := appendDenial(c.scratch[:0], c.d.Reason, c.proven(), text(c.id[:]), c.req.Method == "HEAD", keep)
+	b := appendDenial(c.scratch[:0], c.d.Reason, c.d.Challenge, c.proven(), text(c.id[:]), c.req.Method == "HEAD", keep)
 	c.scratch = b
 	if _, err := c.client.Write(b); err != nil {
 		return false
@@ -433,8 +433,9 @@ func (c *call) proven() bool { return c.peer.ID != "" || c.peer.Number != 0 }
 
 // appendDenial appends the answer to a refused request: RFC 9457, with the
 // challenge of RFC 6750 and RFC 9470 where a token would mend it. It says
-// nothing about policies, and to a stranger not even every reason.
-func appendDenial(b []byte, reason flow.Reason, proven bool, id string, head, keep bool) []byte {
+// nothing about policies, and to a stranger not even every reason. more are
+// further parameters of a step-up's challenge.
+func appendDenial(b []byte, reason flow.Reason, more string, proven bool, id string, head, keep bool) []byte {
 	status := reason.Status()
 	title := http.StatusText(status)
 	b = append(b, "HTTP/1.1 "...)
@@ -442,7 +443,11 @@ func appendDenial(b []byte, reason flow.Reason, proven bool, id string, head, ke
 	b = append(append(append(b, ' '), title...), "\r\nContent-Type: application/problem+json\r\nCache-Control: no-store\r\nX-Sallyport-Request-Id: "...)
 	b = append(append(b, id...), "\r\n"...)
 	if challenge := challengeOf(reason, status); challenge != "" {
-		b = append(append(append(b, "WWW-Authenticate: Bearer"...), challenge...), "\r\n"...)
+		b = append(append(b, "WWW-Authenticate: Bearer"...), challenge...)
+		if reason == flow.ReasonStepUp {
+			b = append(b, more...)
+		}
+		b = append(b, "\r\n"...)
 	}
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		b = append(b, "Retry-After: 1\r\n"...)

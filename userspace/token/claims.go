@@ -34,6 +34,11 @@ type Claims struct {
 	Groups   []string
 	// IssuedAt and NotBefore are zero where the token has none.
 	IssuedAt, NotBefore, Expiry time.Time
+	// ACR is the authentication context class and AuthTime when the subject
+	// authenticated (OpenID Connect Core, section 2): "" and zero without one,
+	// or where it is none.
+	ACR      string
+	AuthTime time.Time
 	// Bound says that the token names the certificate it is for (RFC 8705),
 	// whose SHA-256 digest Thumbprint is.
 	Bound      bool
@@ -86,6 +91,8 @@ func readClaims(raw map[string]any) (*Claims, error) {
 	if !ok || c.Subject == "" {
 		return nil, errClaims
 	}
+	c.ACR, _ = raw["acr"].(string)
+	date(raw, "auth_time", &c.AuthTime)
 	c.SubjectKey = c.Issuer + "|" + c.Subject
 	if c.ID != "" {
 		c.TokenKey = "jti:" + c.ID

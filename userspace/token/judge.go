@@ -43,6 +43,22 @@ func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.
 			return flow.ReasonTokenScope, errScope
 		}
 	}
+	return authentication(t, c, now)
+}
+
+// authentication holds how and when the subject authenticated against what is
+// asked for (RFC 9470).
+func authentication(t *Claims, c *Check, now time.Time) (flow.Reason, error) {
+	switch {
+	case c.ACR != nil && !slices.Contains(c.ACR, t.ACR):
+		return flow.ReasonStepUp, errACR
+	case c.MaxAge == 0:
+		return flow.ReasonOK, nil
+	case t.AuthTime.IsZero():
+		return flow.ReasonStepUp, errNoAuthTime
+	case t.AuthTime.After(now.Add(leeway)), !now.Before(t.AuthTime.Add(c.MaxAge)):
+		return flow.ReasonStepUp, errAuthTime
+	}
 	return flow.ReasonOK, nil
 }
 

@@ -312,7 +312,12 @@ type Check struct {
 	Issuer   string // namespace/name of the TokenIssuer
 	Audience string // "": one of the issuer's own
 	Scopes   []string
-	BoundTo  Binding
+	// ACR are the authentication context classes of which the token must show
+	// one, MaxAge is how long ago its subject may have authenticated (RFC
+	// 9470); nil and 0: neither is asked for.
+	ACR     []string
+	MaxAge  time.Duration
+	BoundTo Binding
 	// Thumbprints are the SHA-256 digests of the certificates that prove a
 	// bound token on this connection (flow.Peer.Thumbprints).
 	Thumbprints [][sha256.Size]byte

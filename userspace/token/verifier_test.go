@@ -55,6 +55,52 @@ func TestClaims(t *testing.T) {
 	}
 }
 
+// TestAuthentication holds how and when the subject authenticated against what
+// a rule asks for (RFC 9470).
+func TestAuthentication(t *testing.T) {
+	ec, now := newES256(t, "ec"), time.Now()
+	v := newVerifier(t, ec)
+	ago := func(d time.Duration) int64 { return now.Add(-d).Unix() }
+	for _, c := range []struct {
+		name          string
+		acr, authTime any // nil: the token has none
+		asks          Check
+		want          flow.Reason
+	}{
+		{"nothing asked for", nil, nil, Check{}, flow.ReasonOK},
+		{"the class", "mfa", nil, Check{ACR: []string{"mfa", "hwk"}}, flow.ReasonOK},
+		{"another class", "pwd", nil, Check{ACR: []string{"mfa", "hwk"}}, flow.ReasonStepUp},
+		{"a part of the class", "mf", nil, Check{ACR: []string{"mfa"}}, flow.ReasonStepUp},
+		{"no class", nil, nil, Check{ACR: []string{"mfa"}}, flow.ReasonStepUp},
+		{"a class that is none", []string{"mfa"}, nil, Check{ACR: []string{"mfa"}}, flow.ReasonStepUp},
+		{"an empty class", "", nil, Check{ACR: []string{"mfa"}}, flow.ReasonStepUp},
+		{"recent enough", nil, ago(time.Minute), Check{MaxAge: 5 * time.Minute}, flow.ReasonOK},
+		{"a moment too old", nil, ago(5 * time.Minute), Check{MaxAge: 5 * time.Minute}, flow.ReasonStepUp},
+		{"no time", nil, nil, Check{MaxAge: 5 * time.Minute}, flow.ReasonStepUp},
+		{"a time that is none", nil, "now", Check{MaxAge: 5 * time.Minute}, flow.ReasonStepUp},
+		{"a time to come", nil, ago(-time.Hour), Check{MaxAge: 5 * time.Minute}, flow.ReasonStepUp},
+		{"a clock that is ahead", nil, ago(-10 * time.Second), Check{MaxAge: 5 * time.Minute}, flow.ReasonOK},
+		{"both, one of them", "mfa", ago(time.Hour), Check{ACR: []string{"mfa"}, MaxAge: time.Minute}, flow.ReasonStepUp},
+		{"scope before it", "pwd", nil, Check{Scopes: []string{"x"}, ACR: []string{"mfa"}}, flow.ReasonTokenScope},
+	} {
+		claims := claimsAt(now)
+		if c.acr != nil {
+			claims = with(claims, "acr", c.acr)
+		}
+		if c.authTime != nil {
+			claims = with(claims, "auth_time", c.authTime)
+		}
+		raw := ec.sign(t, ec.header(), claims)
+		for _, how := range []string{"first", "cached"} {
+			asked := check()
+			asked.Now, asked.ACR, asked.MaxAge, asked.Scopes = now, c.asks.ACR, c.asks.MaxAge, c.asks.Scopes
+			if _, reason, err := v.Verify(raw, asked); reason != c.want || (err == nil) != (c.want == flow.ReasonOK) {
+				t.Errorf("%s, %s: %s, %v; want %q", c.name, how, reason, err, c.want)
+			}
+		}
+	}
+}
+
 // A hit must be held against all that can have changed since.
 func TestHitIsJudgedAgain(t *testing.T) {
 	ec, now := newES256(t, "ec"), time.Now()
