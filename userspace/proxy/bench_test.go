@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"bytes"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -228,4 +229,88 @@ func BenchmarkDenial(b *testing.B) {
 			b.Fatal(k, err)
 		}
 	}
+}
+
+// BenchmarkTerminate has a caller speak TLS that ends at the proxy: one request
+// after the other over a kept connection, and a new connection for each.
+// "plaintext" is the same without TLS, "direct" a handshake with a Go server
+// that has the key itself. The agent is a stand-in: its answer does not cross
+// a line between processes.
+func BenchmarkTerminate(b *testing.B) {
+	answer := append([]byte(benchAnswer), bytes.Repeat([]byte("x"), 1024)...)
+	app := func(c *net.TCPConn) {
+		_ = c.SetDeadline(time.Time{})
+		buf := make([]byte, 4096)
+		for {
+			if _, err := c.Read(buf); err != nil {
+				return
+			}
+			if _, err := c.Write(answer); err != nil {
+				return
+			}
+		}
+	}
+	pair := newAppKeyPair(b, ecKey(b), "app.example")
+	config := &tls.Config{RootCAs: pair.pool, ServerName: "app.example"}
+	n := oneNode(b, nodeOptions{})
+	n.proxy.SetPlan(terminating(b), 2)
+	n.shows(pair)
+	n.raw(app, 80)
+	addr := n.out(clientNumber, serverPort(80))
+	one := func(b *testing.B, c net.Conn, buf []byte) {
+		if _, err := io.WriteString(c, benchGet); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for name, secured := range map[string]bool{"requests/plaintext": false, "requests/TLS": true} {
+		b.Run(name, func(b *testing.B) {
+			var c net.Conn = dialTCP(b, addr)
+			_ = c.SetDeadline(time.Time{})
+			if secured {
+				c = tls.Client(c, config)
+			}
+			buf := make([]byte, len(answer))
+			for b.Loop() {
+				one(b, c, buf)
+			}
+		})
+	}
+	handshakes := func(addr string) func(*testing.B) {
+		return func(b *testing.B) {
+			for b.Loop() {
+				c, err := net.Dial("tcp4", addr)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if err := tls.Client(c, config).Handshake(); err != nil {
+					b.Fatal(err)
+				}
+				_ = c.(*net.TCPConn).SetLinger(0)
+				c.Close()
+			}
+		}
+	}
+	b.Run("handshakes/ended here", handshakes(addr))
+	ln, err := tls.Listen("tcp4", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{pair.der}, PrivateKey: pair.key}}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_ = c.(*tls.Conn).Handshake()
+				_, _ = c.Read(make([]byte, 1))
+				c.Close()
+			}()
+		}
+	}()
+	b.Run("handshakes/direct", handshakes(ln.Addr().String()))
 }

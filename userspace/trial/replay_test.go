@@ -297,3 +297,35 @@ func TestRecordsTooLong(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// BenchmarkReplay judges records, as many as it can: what of `policy diff
+// --replay` grows with the log.
+func BenchmarkReplay(b *testing.B) {
+	var plans []*compile.Plan
+	for _, name := range []string{"base", "wide"} {
+		p, problems := compile.Build([]load.File{
+			{Path: "p.yaml", Content: []byte(replayHead + replaySets[name])}, {Path: "shop.fga", Content: []byte("model\n  schema 1.1\ntype user\n")},
+		}, compile.Options{TrustDomain: "example.org", Node: "n"})
+		if p == nil {
+			b.Fatal(problems)
+		}
+		plans = append(plans, p)
+	}
+	line := `{"time":"2026-11-27T00:00:00Z","requestID":"01ARZ3NDEKTSV4RRFFQ69G5FAV","source":"spiffe://example.org/app","destination":"spiffe://example.org/server",` +
+		`"address":"192.0.2.9:80","protocol":"http","method":"GET","path":"/items/{id}","decision":"allow","mode":"enforce","stage":"policy","policy":"default/api",` +
+		`"rule":"item","latencyMicros":1,"channel":"tunnel","anchor":"tpm"}` + "\n"
+	log := strings.Repeat(line, 1000)
+	r := trial.NewReplay(plans[0], plans[1], flow.ModeEnforce, time.Now())
+	b.SetBytes(int64(len(log)))
+	for b.Loop() {
+		if err := trial.ReadRecords(strings.NewReader(log), func(rec *pipeline.Record) error {
+			if _, ok := r.Judge(rec); !ok {
+				b.Fatal("not judged")
+			}
+			return nil
+		}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.N)*1000/b.Elapsed().Seconds(), "records/s")
+}
