@@ -3,12 +3,18 @@
 package agent
 
 import (
+	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/pem"
 	"fmt"
+	"math/big"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/agent/appcerts"
 	"github.com/sallyport-dev/sallyport/agent/metrics"
 	"github.com/sallyport-dev/sallyport/agent/revocations"
 	"github.com/sallyport-dev/sallyport/agent/testenv"
@@ -204,6 +211,56 @@ func TestSignIsHeldAgainstThePlan(t *testing.T) {
 	for name, bad := range map[string][]byte{"no request": nil, "rubbish": []byte("rubbish"), "a cut one": csr[:len(csr)-1]} {
 		if chain, why := h.sign(here, bad); len(chain) != 0 || why == "" {
 			t.Errorf("%s: %d certificates", name, len(chain))
+		}
+	}
+}
+
+// What an application's key signs is a server's handshake, for a policy that
+// is in force here, and nothing else.
+func TestAppSignIsHeldAgainstThePlan(t *testing.T) {
+	g := newGround(t)
+	dir := t.TempDir()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"app.example"}}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
+	must(t, err)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	must(t, err)
+	cert, private := filepath.Join(dir, "c.pem"), filepath.Join(dir, "k.pem")
+	must(t, os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	must(t, os.WriteFile(private, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600))
+	g.appcerts.Set([]appcerts.Source{{API: "t/api", Certificate: cert, Key: private}})
+	h := g.connect(nil).ready()
+	g.appcerts.Set([]appcerts.Source{{API: "t/api", Certificate: cert, Key: private}}) // the plan's own are none
+	handshake := append(append(bytes.Repeat([]byte{' '}, 64), "TLS 1.3, server CertificateVerify\x00"...), make([]byte, 32)...)
+	ask := func(api string, message []byte, hash uint32) *linepb.AppSignReply {
+		t.Helper()
+		m, _ := h.ask(&linepb.Message{Body: &linepb.Message_AppSign{AppSign: &linepb.AppSign{Api: api, Message: message, Hash: hash}}})
+		return m.GetAppSignReply()
+	}
+	if r := ask("t/api", handshake, uint32(crypto.SHA256)); r.GetError() != "" || len(r.GetSignature()) == 0 {
+		t.Errorf("a handshake: %v", r)
+	}
+	for name, c := range map[string]struct {
+		api     string
+		message []byte
+		hash    uint32
+	}{
+		"another policy":       {"t/other", handshake, uint32(crypto.SHA256)},
+		"no policy":            {"", handshake, uint32(crypto.SHA256)},
+		"a client's handshake": {"t/api", bytes.Replace(handshake, []byte("server"), []byte("client"), 1), uint32(crypto.SHA256)},
+		"a certificate":        {"t/api", der, uint32(crypto.SHA256)},
+		"nothing":              {"t/api", nil, uint32(crypto.SHA256)},
+		"a digest":             {"t/api", handshake, 0},
+		"a hash that is none":  {"t/api", handshake, 1 << 31},
+	} {
+		before := g.refusals("sign")
+		if r := ask(c.api, c.message, c.hash); r.GetError() == "" || len(r.GetSignature()) != 0 {
+			t.Errorf("%s: %v", name, r)
+		}
+		if n := g.refusals("sign") - before; n != 1 {
+			t.Errorf("%s: counted %v times", name, n)
 		}
 	}
 }
