@@ -21,7 +21,7 @@ GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # the conformance suite of both engines.
 RACE_PACKAGES := ./userspace/line ./userspace/netloop ./userspace/token ./userspace/identity ./userspace/authority \
 	./userspace/anomaly ./userspace/pipeline ./userspace/proxy/... ./policies/compile ./policies/watch \
-	./agent/keys ./agent/appcerts ./agent/revocations ./agent/control ./agent/metrics ./agent/workload ./agent/sockets ./agent/datapath
+	./agent/keys ./agent/appcerts ./agent/hosts ./agent/revocations ./agent/control ./agent/metrics ./agent/workload ./agent/sockets ./agent/datapath
 
 .PHONY: help build demo test deps unit race e2e lint generate bench vmtest clean
 

@@ -24,6 +24,7 @@ import (
 	"github.com/sallyport-dev/sallyport/agent/config"
 	"github.com/sallyport-dev/sallyport/agent/control"
 	"github.com/sallyport-dev/sallyport/agent/datapath"
+	"github.com/sallyport-dev/sallyport/agent/hosts"
 	"github.com/sallyport-dev/sallyport/agent/keys"
 	"github.com/sallyport-dev/sallyport/agent/loader"
 	"github.com/sallyport-dev/sallyport/agent/metrics"
@@ -73,6 +74,7 @@ type Agent struct {
 	revoked  *revocations.Store
 	keys     *keys.Fetcher
 	appcerts *appcerts.Store
+	hosts    *hosts.Follower // of egress
 	watch    *watch.Watcher
 	finder   *workload.Recogniser
 	super    *supervise.Supervisor
@@ -229,6 +231,7 @@ func (a *Agent) openOn(ctx context.Context, notices io.Writer) (closers []func()
 	a.keys = keys.New(keys.Options{Deliver: a.deliverKeys, Log: a.log})
 	closers = append(closers, a.keys.Close)
 	a.appcerts = appcerts.New(nil)
+	a.hosts = hosts.New(hosts.Options{Changed: func() { a.reconcile(func(*inputs) {}) }})
 	a.finder, err = workload.New(workload.Options{Scope: a.scope, Logger: a.log})
 	if err != nil {
 		return closers, err
@@ -349,6 +352,7 @@ func (a *Agent) run(ctx context.Context, cancel context.CancelFunc) error {
 	part("keep house", func() error { return a.tick(ctx) })
 	part("keep node certificate", func() error { return a.ca.Run(ctx) })
 	part("follow trust", func() error { return a.followTrust(ctx) })
+	part("follow hosts", func() error { a.hosts.Run(ctx); return nil })
 	part("read kernel events", func() error { return a.readEvents(ctx) })
 	part("read samples", func() error { return a.readSamples(ctx) })
 	a.revoked.OnChange(a.revocationsChanged)
@@ -414,6 +418,7 @@ func (a *Agent) tick(ctx context.Context) error {
 			return nil
 		case <-second.C:
 			a.health.Check("node-certificate", metrics.Degraded, textError(a.ca.Problem()), "is the authority reachable? see identity.authority in agent.yaml")
+			a.health.Check("egress-hosts", metrics.Degraded, a.hosts.Problem(), "the resolver of this machine does not know the name; the addresses known before stay")
 			a.fetchCounters(ctx)
 			if a.again.Load() || a.view.Load().outdated(time.Now()) {
 				a.reconcile(func(*inputs) {})

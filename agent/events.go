@@ -18,6 +18,7 @@ import (
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 	"github.com/sallyport-dev/sallyport/agent/datapath"
 	"github.com/sallyport-dev/sallyport/agent/events"
+	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 )
@@ -60,6 +61,9 @@ func (a *Agent) readEvents(ctx context.Context) error {
 			WouldDeny: !e.Enforced, Stage: flow.StageKernel.String(), Hook: e.Hook.String(), Reason: e.Reason, Cgroup: e.CgroupID,
 		}
 		rec.Policy, rec.Position = a.view.Load().blame(&e)
+		if e.Reason == flow.ReasonEgress && a.view.Load().namesHosts(e.Identity) {
+			a.hosts.Soon() // it may be an answer that is newer than ours
+		}
 		decision := rec.Decision
 		if !e.Enforced {
 			rec.Mode, decision = flow.ModeAudit.String(), "wouldDeny"
@@ -100,6 +104,11 @@ func (v *view) blame(e *events.Event) (policy, position string) {
 		return api.Name, api.Position.FileLine()
 	}
 	return "", ""
+}
+
+// namesHosts says whether the egress of an identity names hosts.
+func (v *view) namesHosts(n flow.IdentityNumber) bool {
+	return v != nil && v.byNumber[n] != nil && slices.ContainsFunc(v.byNumber[n].Egress, func(e compile.Egress) bool { return e.Host != "" })
 }
 
 // keptRefusals is how many of the kernel's refusals can be explained.

@@ -192,17 +192,7 @@ func (s *sweep) judgeDirect(netns uint64, sock *sockdiag.Socket, id *compile.Ide
 // permitted says whether an enforced identity may connect to an address by
 // its egress, without any flow entry.
 func (s *sweep) permitted(id *compile.Identity, to netip.AddrPort) bool {
-	if s.v.plan.Claimed(to) != nil {
-		return false
-	}
-	for _, e := range id.Egress {
-		for _, port := range e.Ports {
-			if port == to.Port() && e.Prefix.Contains(to.Addr()) {
-				return true
-			}
-		}
-	}
-	return false
+	return s.v.plan.Claimed(to) == nil && s.v.egress(id, to)
 }
 
 // reconcileFlows drops the flow entries whose sockets are gone.

@@ -127,6 +127,7 @@ func (a *Agent) bringInForce(v *view) error {
 	var errs []error
 	a.view.Store(v)
 	a.readAppCertificates(v)
+	a.followHosts(v)
 	if s := a.session.Load(); s != nil && v.plan == a.in.plan {
 		errs = append(errs, s.sendView(v, a.in.files))
 	}
@@ -136,6 +137,23 @@ func (a *Agent) bringInForce(v *view) error {
 	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.applyState(a.state(v)), a.adopt(v), a.sweepLive(v))
 	a.applied = v.plan
 	return errors.Join(errs...)
+}
+
+// followHosts has the hosts looked up that the egress of this node's
+// identities names.
+func (a *Agent) followHosts(v *view) {
+	var list []string
+	for _, id := range v.plan.Identities() {
+		if id.Selector == nil {
+			continue
+		}
+		for _, e := range id.Egress {
+			if e.Host != "" {
+				list = append(list, e.Host)
+			}
+		}
+	}
+	a.hosts.Set(list)
 }
 
 // readAppCertificates reads the certificates that the view's policies name.
@@ -229,7 +247,7 @@ func (a *Agent) makeView() (*view, error) {
 		plan: plan, files: a.in.files, loaded: a.in.loaded, generation: a.in.generation, ceiling: a.cfg.ModeCeiling,
 		byNumber: map[flow.IdentityNumber]*compile.Identity{}, numbers: map[*compile.Identity]flow.IdentityNumber{},
 		local: map[*compile.Identity]bool{}, homes: homesOf(plan, a.in.table), protected: map[datapath.ProtectedPort]*compile.API{},
-		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked,
+		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked, resolved: a.hosts.Addresses(),
 		disputed: map[datapath.ProtectedPort]flow.Mode{}, expires: firstExpiry(plan, time.Now()),
 	}
 	for _, id := range plan.Identities() {
@@ -326,9 +344,18 @@ func (a *Agent) state(v *view) datapath.State {
 			s.Claims[e] = v.numbers[id]
 		}
 		for _, e := range id.Egress {
-			for _, port := range e.Ports {
-				for _, protocol := range []uint8{6, 17} {
-					s.Egress[datapath.EgressRule{Identity: v.numbers[id], Prefix: e.Prefix, Port: port, Protocol: protocol}] = true
+			prefixes := []netip.Prefix{e.Prefix}
+			if e.Host != "" {
+				prefixes = prefixes[:0]
+				for _, a := range v.resolved[e.Host] {
+					prefixes = append(prefixes, netip.PrefixFrom(a, a.BitLen()))
+				}
+			}
+			for _, prefix := range prefixes {
+				for _, port := range e.Ports {
+					for _, protocol := range []uint8{6, 17} {
+						s.Egress[datapath.EgressRule{Identity: v.numbers[id], Prefix: prefix, Port: port, Protocol: protocol}] = true
+					}
 				}
 			}
 		}

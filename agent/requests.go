@@ -263,14 +263,8 @@ func checkPlain(v *view, ns *namespace, to netip.AddrPort, source *compile.Ident
 	if err := v.barred(source); err != nil {
 		return err
 	}
-	if v.plan.Claimed(to) == nil {
-		for _, e := range source.Egress {
-			for _, port := range e.Ports {
-				if port == to.Port() && e.Prefix.Contains(to.Addr()) {
-					return nil
-				}
-			}
-		}
+	if v.plan.Claimed(to) == nil && v.egress(source, to) {
+		return nil
 	}
 	return refuse(flow.ReasonLineRefused, "dial %s: %s is enforced and may not connect there", to, source.FullName())
 }

@@ -46,6 +46,8 @@ type view struct {
 	namespaces map[uint64]*namespace
 	addresses  map[netip.Addr][]uint64
 	revoked    map[string]bool
+	// resolved are the addresses of the hosts that egress names.
+	resolved map[string][]netip.Addr
 	// disputed are the ports that two identities serve at, with the strictest
 	// of their modes. They are not among the protected ones.
 	disputed map[datapath.ProtectedPort]flow.Mode
@@ -101,6 +103,13 @@ func (v *view) barred(id *compile.Identity) error {
 
 // mode is what a mode amounts to under the ceiling.
 func (v *view) mode(m flow.Mode) flow.Mode { return flow.MinMode(m, v.ceiling) }
+
+// egress says whether an identity's egress lists an address.
+func (v *view) egress(id *compile.Identity, to netip.AddrPort) bool {
+	return slices.ContainsFunc(id.Egress, func(e compile.Egress) bool {
+		return slices.Contains(e.Ports, to.Port()) && (e.Prefix.Contains(to.Addr()) || slices.Contains(v.resolved[e.Host], to.Addr()))
+	})
+}
 
 // livesIn says whether a workload of the identity lives in the namespace.
 func (v *view) livesIn(id *compile.Identity, netns uint64) bool {

@@ -342,31 +342,73 @@ func (c *compiler) endpoints(id *Identity, d *identityDoc, docs map[*Identity]*i
 }
 
 func (c *compiler) egress(id *Identity, d *identityDoc) {
+	seen := map[string]bool{}
 	for i, e := range d.Value.Spec.Egress {
-		prefix, err := netip.ParsePrefix(e.CIDR)
-		switch {
-		case e.CIDR == "":
-			if !d.Empty("spec", "egress", i) {
-				if _, written := d.Lookup("spec", "egress", i, "cidr"); written {
-					c.empty(&d.Document, "cidr", "spec", "egress", i, "cidr")
-				} else if _, written := d.Lookup("spec", "egress", i, "host"); !written {
-					c.report.Errorf(d.At("spec", "egress", i), "egress: names neither a host nor a cidr")
-				}
-			}
-			continue
-		case err != nil:
-			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: %q is not ADDRESS/BITS, such as 10.9.0.0/16", e.CIDR)
-			continue
-		case prefix.Addr().Is4In6():
-			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: write %q as IPv4", e.CIDR)
-			continue
-		case prefix.Masked() != prefix:
-			c.report.Errorf(d.At("spec", "egress", i, "cidr"), "cidr: %q has bits beyond its length; did you mean %q?", e.CIDR, prefix.Masked())
-			continue
+		at := []any{"spec", "egress", i}
+		if d.Empty(at...) {
+			continue // and reported
 		}
-		ports := c.ports(&d.Document, e.Ports, "spec", "egress", i, "ports")
-		id.Egress = append(id.Egress, Egress{Prefix: prefix, Ports: ports})
+		_, host := d.Lookup("spec", "egress", i, "host")
+		_, cidr := d.Lookup("spec", "egress", i, "cidr")
+		one := Egress{}
+		ok := false
+		switch {
+		case host && cidr:
+			c.report.Errorf(d.At(at...), "egress: names a host and a cidr; write an entry for each")
+		case host:
+			one.Host, ok = c.egressHost(d, i, e.Host)
+		case cidr:
+			one.Prefix, ok = c.egressRange(d, i, e.CIDR)
+		default:
+			c.report.Errorf(d.At(at...), "egress: names neither a host nor a cidr")
+		}
+		if e.TLS != "" && !host {
+			c.report.Errorf(d.Key("spec", "egress", i, "tls"), "tls: goes with host")
+		}
+		one.Ports = c.ports(&d.Document, e.Ports, "spec", "egress", i, "ports")
+		if one.Host != "" && seen[one.Host] {
+			c.report.Errorf(d.At("spec", "egress", i, "host"), "host: %q is there twice; write its ports in one entry", one.Host)
+		}
+		if seen[one.Host] = true; ok {
+			id.Egress = append(id.Egress, one)
+		}
 	}
+}
+
+func (c *compiler) egressHost(d *identityDoc, i int, host string) (string, bool) {
+	lower := strings.ToLower(host)
+	_, err := netip.ParseAddr(host)
+	switch {
+	case host == "":
+		c.empty(&d.Document, "host", "spec", "egress", i, "host")
+	case strings.Contains(host, "*"):
+		c.report.Errorf(d.At("spec", "egress", i, "host"), "host: %q: wildcards are not supported by this version", host)
+	case err == nil:
+		c.report.Errorf(d.At("spec", "egress", i, "host"), "host: %q is an address; write it as a cidr", host)
+	case !isHost(lower):
+		c.report.Errorf(d.At("spec", "egress", i, "host"), "host: %q is not a host's name without port", host)
+	default:
+		return lower, true
+	}
+	return "", false
+}
+
+func (c *compiler) egressRange(d *identityDoc, i int, cidr string) (netip.Prefix, bool) {
+	prefix, err := netip.ParsePrefix(cidr)
+	at := d.At("spec", "egress", i, "cidr")
+	switch {
+	case cidr == "":
+		c.empty(&d.Document, "cidr", "spec", "egress", i, "cidr")
+	case err != nil:
+		c.report.Errorf(at, "cidr: %q is not ADDRESS/BITS, such as 10.9.0.0/16", cidr)
+	case prefix.Addr().Is4In6():
+		c.report.Errorf(at, "cidr: write %q as IPv4", cidr)
+	case prefix.Masked() != prefix:
+		c.report.Errorf(at, "cidr: %q has bits beyond its length; did you mean %q?", cidr, prefix.Masked())
+	default:
+		return prefix, true
+	}
+	return netip.Prefix{}, false
 }
 
 // ports checks a list of ports and returns it in ascending order.

@@ -142,10 +142,11 @@ type Selector struct {
 	ProcessBinary string // absolute path, "" for any
 }
 
-// Egress is a range of addresses outside the mesh, with its ports in
-// ascending order.
+// Egress is a range of addresses outside the mesh, or a host in lower case
+// whose addresses the agent follows, with its ports in ascending order.
 type Egress struct {
-	Prefix netip.Prefix
+	Prefix netip.Prefix // of a host the zero Prefix, which contains nothing
+	Host   string       // "" for a range
 	Ports  []uint16
 }
 

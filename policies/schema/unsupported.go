@@ -12,8 +12,7 @@ var unsupported = map[string]bool{
 	"MachineIdentitySpec.tokens": true,
 	"Selector.all":               true,
 	"ProcessSelector.digest":     true,
-	"Egress.host":                true,
-	"Egress.tls":                 true,
+	"Egress.tls=verify":          true,
 
 	"TokenIssuerSpec.introspection":    true,
 	"TokenIssuerSpec.tokenURL":         true,

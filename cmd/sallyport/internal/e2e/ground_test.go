@@ -66,6 +66,7 @@ type node struct {
 	identity       string   // the whole line, embedded by default
 	authorityFlags []string // of the shared authority, nil without
 	env            []string // beside the test's own
+	wrap           []string // a command that runs the agent, nil for none
 	agent          *program
 	client         *control.Client
 	decisions      *os.File
@@ -174,7 +175,8 @@ func (n *node) launch() *program {
 		n.t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := exec.Command(sallyport, "agent", "--config", n.path("agent.yaml"))
+	command := append(slices.Clone(n.wrap), sallyport, "agent", "--config", n.path("agent.yaml"))
+	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Stdout, cmd.Stderr = n.decisions, log
 	cmd.Env = append(os.Environ(), n.env...)
 	n.agent = start(n.t, n.cgroup, n.ns, cmd)
