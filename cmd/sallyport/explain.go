@@ -259,7 +259,7 @@ func (e *explainer) run(ctx context.Context, w, errOut io.Writer, args []string)
 	case resolved.API != nil:
 		x.Mode = resolved.API.Mode.String()
 		if r := outcome.Decision.Reason; r == flow.ReasonNoRule || r == flow.ReasonNoIdentity {
-			x.Near = resolved.API.Near(resolved.Source, resolved.Host, resolved.Method, resolved.Path)
+			x.Near = resolved.API.Near(resolved.Source, resolved.Call())
 		}
 	}
 	if e.out.json {

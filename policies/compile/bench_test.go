@@ -24,7 +24,7 @@ func BenchmarkMatchRules(b *testing.B) {
 			var m Matches
 			b.ReportAllocs()
 			for b.Loop() {
-				api.Match(&m, src, "pay.shop.example", "GET", path)
+				api.Match(&m, src, Call{Host: "pay.shop.example", Method: "GET", Path: path})
 			}
 			if len(m.Rules) != 2 {
 				b.Fatal(found(&m))
@@ -82,7 +82,7 @@ func BenchmarkMatchPolicies(b *testing.B) {
 			for b.Loop() {
 				server := plan.Claimed(address)
 				src, _, _ := plan.Identity(id)
-				plan.API(server, 80).Match(&m, src, "h", "GET", "/v1/4711")
+				plan.API(server, 80).Match(&m, src, Call{Host: "h", Method: "GET", Path: "/v1/4711"})
 			}
 			if len(m.Rules) != 1 {
 				b.Fatal(found(&m))

@@ -12,7 +12,6 @@ import (
 
 	"github.com/rogpeppe/go-internal/txtar"
 
-	"github.com/sallyport-dev/sallyport/policies/internal/ungated"
 	"github.com/sallyport-dev/sallyport/policies/load"
 )
 
@@ -25,10 +24,6 @@ var testNow = time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 func testOptions() Options {
 	return Options{TrustDomain: "example.org", Node: "node-1", Now: func() time.Time { return testNow }}
 }
-
-// liftGRPC has the loader take what gRPC needs, whatever this version does
-// with it.
-func liftGRPC(t testing.TB) { ungated.Lift(t, "Rule.grpc", "Protect.protocol=grpc") }
 
 // TestErrors holds what is said of each wrong set against the table: every
 // error, with its file, line and column.
@@ -53,9 +48,6 @@ func TestErrors(t *testing.T) {
 		}
 		cases++
 		t.Run(name, func(t *testing.T) {
-			if strings.HasPrefix(name, "grpc-") {
-				liftGRPC(t)
-			}
 			opt := testOptions()
 			if name == "identity-id-unproven" {
 				opt.Domains = []string{"other.org"}

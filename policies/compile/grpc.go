@@ -10,7 +10,8 @@ import (
 
 // parseMethod reads "PACKAGE.SERVICE/METHOD" or "PACKAGE.SERVICE/*", the
 // names of protocol buffers. What is called is POST /PACKAGE.SERVICE/METHOD
-// (gRPC over HTTP/2); * stands for any one method.
+// (gRPC over HTTP/2); * stands for any one method. An allow rule's is met by
+// calls of gRPC alone, a deny rule's by whatever goes to that path.
 func parseMethod(s string) (*pattern, error) {
 	if len(s) > maxPatternBytes {
 		return nil, fmt.Errorf("a pattern may have %d bytes, this one has %d", maxPatternBytes, len(s))

@@ -7,7 +7,6 @@ import (
 )
 
 func TestMatchGRPC(t *testing.T) {
-	liftGRPC(t)
 	plan, api := buildAPI(t, `
   rules:
     - {name: create, from: [a], grpc: [shop.v1.Payments/Create, shop.v1.Refunds/*]}
@@ -36,7 +35,7 @@ func TestMatchGRPC(t *testing.T) {
 		{"a", "x", "POST", "*", ""},
 		{"b", "one.example", "POST", "/shop.v1.Payments/Create", "hosted shop.v1.Payments/Create"},
 		{"b", "two.example", "POST", "/shop.v1.Payments/Create", ""},
-		{"b", "x", "POST", "/shop.v1.Ledger/Read", "both /shop.v1.Ledger/Read"},
+		{"b", "x", "POST", "/shop.v1.Ledger/Read", "both shop.v1.Ledger/Read"},
 		{"b", "x", "GET", "/v1/ledger/7", "both /v1/ledger/{id} id=7"},
 		// Denied however the call is spelt.
 		{"a", "x", "POST", "/shop.v1.Debug/Dump", "no-debug shop.v1.Debug/*"},
@@ -56,16 +55,42 @@ func TestMatchGRPC(t *testing.T) {
 		{"b", "", "", "", "no-debug; no-b-refunds"},
 	} {
 		var m Matches
-		api.Match(&m, caller(t, plan, c.src), c.host, c.method, c.path)
+		api.Match(&m, caller(t, plan, c.src), Call{Host: c.host, Method: c.method, Path: c.path, GRPC: c.method == "POST"})
 		if got := found(&m); got != c.want {
 			t.Errorf("%s: %s %s%s:\n got  %s\n want %s", c.src, c.method, c.host, c.path, got, c.want)
 		}
 	}
 }
 
+// TestOnlyGRPC holds that a request by POST that is no call of gRPC meets what
+// speaks of requests, and of what speaks of gRPC only denials.
+func TestOnlyGRPC(t *testing.T) {
+	plan, api := buildAPI(t, `
+  rules:
+    - {name: grpc, from: [a], grpc: [s.S/*]}
+    - {name: http, from: [a], http: ["POST /s.S/Both"]}
+    - {name: deny, effect: deny, grpc: [s.S/Purge]}
+`)
+	for path, want := range map[string][2]string{ // by a call of gRPC, by another request
+		"/s.S/Read":  {"grpc s.S/*", ""},
+		"/s.S/Both":  {"grpc s.S/*; http /s.S/Both", "http /s.S/Both"},
+		"/s.S/Purge": {"deny s.S/Purge; grpc s.S/*", "deny s.S/Purge"},
+	} {
+		for i, want := range want {
+			var m Matches
+			api.Match(&m, caller(t, plan, "a"), Call{Host: "h", Method: "POST", Path: path, GRPC: i == 0})
+			if got := found(&m); got != want {
+				t.Errorf("%s, gRPC %v: %q, want %q", path, i == 0, got, want)
+			}
+		}
+	}
+	if near := api.Near(caller(t, plan, "a"), Call{Host: "h", Method: "POST", Path: "/s.S/Read"}); len(near) == 0 || near[0].Rule != "grpc" {
+		t.Errorf("nearest is %+v", near)
+	}
+}
+
 // TestGRPCIsNoIdentityOnly holds that calls of a gRPC API are always read.
 func TestGRPCIsNoIdentityOnly(t *testing.T) {
-	liftGRPC(t)
 	for _, spec := range []string{
 		"  rules: [{name: r, from: [a], grpc: [s.S/*]}]\n",
 		"  rules: [{name: r, from: [a]}, {name: d, effect: deny, grpc: [s.S/*]}]\n",
@@ -106,7 +131,7 @@ func FuzzMethod(f *testing.F) {
 			table.add(&Rule{Deny: deny}, nil, nil, []*pattern{p})
 			for path, want := range map[string]bool{call: true, call + "/": deny, "/x" + s: false, "/x/" + s: false, call[:len(call)-1] + "\u00e9": p.segments[1].param} {
 				var m Matches
-				a.Match(&m, nil, "h", "POST", path)
+				a.Match(&m, nil, Call{Host: "h", Method: "POST", Path: path, GRPC: true})
 				if (len(m.Rules) == 1) != want {
 					t.Errorf("%q, deny %v, %q: matches %v", s, deny, path, !want)
 				}

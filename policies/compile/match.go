@@ -182,6 +182,8 @@ var anyHost = []string{""}
 func (n *node) insert(p *pattern, deny bool) *leaf {
 	segments, method, rest := p.segments, p.method, p.rest
 	switch {
+	case p.grpc && !deny:
+		method = methodGRPC
 	case deny && p.grpc:
 		// Servers also take calls of it by other methods than gRPC's own.
 		if method = ""; segments[1].param {
@@ -221,20 +223,29 @@ func (n *node) insert(p *pattern, deny bool) *leaf {
 	return n.end.leaf(method)
 }
 
-// Match fills m with the rules that speak of such a call: src is the
-// caller's identity, nil if none was proven, host in lower case without
-// port, path without query. An empty method is an opaque connection, whose
-// host is the SNI or "".
+// Call is what is asked for: Host in lower case without port, Path without
+// query. An empty Method is an opaque connection, whose Host is the SNI or "".
+type Call struct {
+	Host, Method, Path string
+	GRPC               bool // it is a call of gRPC, over HTTP/2
+}
+
+// methodGRPC stands in the trees for the POST of a call of gRPC. No request's
+// method is spelt like it.
+const methodGRPC = "POST gRPC"
+
+// Match fills m with the rules that speak of such a call; src is the caller's
+// identity, nil if none was proven.
 //
 // Paths are compared exactly, by case too, after what RFC 3986 section
 // 6.2.2.2 calls equivalent (%61 is a). So that a deny rule cannot be evaded,
 // it compares fully decoded literals, any case of a method and with or
 // without a slash at the end; and one that names paths or hosts denies an
 // opaque connection, which cannot be held against it.
-func (a *API) Match(m *Matches, src *Identity, host, method, path string) {
+func (a *API) Match(m *Matches, src *Identity, c Call) {
 	m.Rules = m.Rules[:0]
 	m.Refusal = flow.ReasonOK
-	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	host, method, path := strings.ToLower(strings.TrimSuffix(c.Host, ".")), c.Method, c.Path
 	w := &m.walk
 	*w = walker{out: m.Rules, src: src, method: method}
 	if method == "" {
@@ -250,7 +261,7 @@ func (a *API) Match(m *Matches, src *Identity, host, method, path string) {
 		m.Refusal = flow.ReasonMayCall
 	}
 	if m.Refusal == flow.ReasonOK {
-		w.method = method
+		w.method, w.grpc = method, c.GRPC
 		if method == "" {
 			a.allow.hosted(w, host)
 		} else {
@@ -337,6 +348,7 @@ type walker struct {
 	out     []Match
 	src     *Identity
 	method  string
+	grpc    bool
 	path    string
 	encoded bool
 	spans   [maxParams]span
@@ -365,6 +377,11 @@ func (w *walker) node(n *node, at, params int) {
 }
 
 func (m *methods) visit(w *walker) {
+	if w.grpc {
+		if l := m.by[methodGRPC]; l != nil {
+			l.visit(w)
+		}
+	}
 	if l := m.by[w.method]; l != nil {
 		l.visit(w)
 	}

@@ -167,7 +167,7 @@ func TestMatch(t *testing.T) {
 		{"a", "evil.example", "", "", "no-debug; no-evil"},
 	} {
 		var m Matches
-		api.Match(&m, caller(t, plan, c.src), c.host, c.method, c.path)
+		api.Match(&m, caller(t, plan, c.src), Call{Host: c.host, Method: c.method, Path: c.path})
 		if got := found(&m); got != c.want {
 			t.Errorf("%s: %s %s%.40s:\n got  %s\n want %s", c.src, c.method, c.host, c.path, got, c.want)
 		}
@@ -182,9 +182,9 @@ func TestMatchForgetsTheCallBefore(t *testing.T) {
 `)
 	var m Matches
 	a := caller(t, plan, "a")
-	api.Match(&m, a, "h", "GET", "/x/1")
-	api.Match(&m, a, "h", "GET", "/bad%")
-	api.Match(&m, a, "h", "GET", "/no")
+	api.Match(&m, a, Call{Host: "h", Method: "GET", Path: "/x/1"})
+	api.Match(&m, a, Call{Host: "h", Method: "GET", Path: "/bad%"})
+	api.Match(&m, a, Call{Host: "h", Method: "GET", Path: "/no"})
 	if got := found(&m); got != "nope /no" {
 		t.Errorf("got %s", got)
 	}
@@ -200,7 +200,7 @@ func TestMatchDoesNotAllocate(t *testing.T) {
 	var m Matches
 	a := caller(t, plan, "a")
 	for _, path := range []string{"/v1/payments/77", "/debug/x", "/other"} {
-		if n := testing.AllocsPerRun(100, func() { api.Match(&m, a, "host.example", "GET", path) }); n != 0 {
+		if n := testing.AllocsPerRun(100, func() { api.Match(&m, a, Call{Host: "host.example", Method: "GET", Path: path}) }); n != 0 {
 			t.Errorf("%s: %v allocations", path, n)
 		}
 	}
@@ -215,7 +215,7 @@ func TestPlanIsSafeForConcurrentUse(t *testing.T) {
 			var m Matches
 			for i := range 500 {
 				n := 25 + 2*(i%10)
-				api.Match(&m, a, "h", "GET", fmt.Sprintf("/v1/area%d/items/g%d", n, g))
+				api.Match(&m, a, Call{Host: "h", Method: "GET", Path: fmt.Sprintf("/v1/area%d/items/g%d", n, g)})
 				if _, v := m.Rules[len(m.Rules)-1].ParamAt(0); v != fmt.Sprintf("g%d", g) {
 					t.Errorf("%d, %d: %s", g, i, found(&m))
 					return

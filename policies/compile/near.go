@@ -4,6 +4,7 @@ package compile
 
 import (
 	"cmp"
+	"net/http"
 	"slices"
 	"strings"
 
@@ -23,8 +24,8 @@ type Miss struct {
 // first: a rule that fits but for the caller is nearer than one for another
 // path. Its arguments are those of Match; it is for explanations, and its
 // cost grows with the number of rules.
-func (a *API) Near(src *Identity, host, method, path string) []Miss {
-	host = strings.ToLower(strings.TrimSuffix(host, "."))
+func (a *API) Near(src *Identity, c Call) []Miss {
+	c.Host = strings.ToLower(strings.TrimSuffix(c.Host, "."))
 	type ranked struct {
 		Miss
 		weight int
@@ -36,11 +37,11 @@ func (a *API) Near(src *Identity, host, method, path string) []Miss {
 			continue
 		}
 		one := ranked{Miss: Miss{Rule: r.Name, Position: r.Position}}
-		call, weight := a.missCall(&m, r, host, method, path)
+		call, weight := a.missCall(&m, r, c)
 		for _, p := range [...]struct {
 			differs string
 			weight  int
-		}{{call, weight}, {r.missCaller(src), 2}, {r.missHost(host), 1}} {
+		}{{call, weight}, {r.missCaller(src), 2}, {r.missHost(c.Host), 1}} {
 			if p.differs != "" {
 				one.Differs = append(one.Differs, p.differs)
 				one.weight += p.weight
@@ -89,12 +90,12 @@ func (r *Rule) missHost(host string) string {
 
 // missCall tells what of a rule's methods and paths the request does not
 // meet. It asks the tree itself, with a caller and a host that suit.
-func (a *API) missCall(m *Matches, r *Rule, host, method, path string) (differs string, weight int) {
+func (a *API) missCall(m *Matches, r *Rule, c Call) (differs string, weight int) {
 	const byMethod, byPath = 1, 4
 	if len(r.Calls) == 0 {
 		return "", 0
 	}
-	if method == "" {
+	if c.Method == "" {
 		return "http: " + named(r.Calls) + "; a connection without a request meets none", byPath
 	}
 	var src *Identity
@@ -102,21 +103,24 @@ func (a *API) missCall(m *Matches, r *Rule, host, method, path string) (differs 
 		src = r.From[0]
 	}
 	if len(r.Hosts) > 0 {
-		host = r.Hosts[0]
+		c.Host = r.Hosts[0]
 	}
-	meets := func(method string) bool {
+	meets := func(method string, grpc bool) bool {
 		m.Rules = m.Rules[:0]
-		w := walker{out: m.Rules, src: src, method: method}
-		a.allow.request(&w, host, decodeUnreserved(path), true)
+		w := walker{out: m.Rules, src: src, method: method, grpc: grpc}
+		a.allow.request(&w, c.Host, decodeUnreserved(c.Path), true)
 		m.Rules = w.out
 		return slices.ContainsFunc(m.Rules, func(x Match) bool { return x.Rule == r })
 	}
-	if meets(method) {
+	if meets(c.Method, c.GRPC) {
 		return "", 0
 	}
+	if !c.GRPC && meets(http.MethodPost, true) && !meets(http.MethodPost, false) {
+		return "grpc: this method by a call of gRPC", byMethod
+	}
 	var methods []string
-	for _, c := range r.Calls {
-		if other, _, ok := strings.Cut(c, " "); ok && meets(other) && !slices.Contains(methods, other) {
+	for _, call := range r.Calls {
+		if other, _, ok := strings.Cut(call, " "); ok && meets(other, c.GRPC) && !slices.Contains(methods, other) {
 			methods = append(methods, other)
 		}
 	}

@@ -24,7 +24,7 @@ func TestNear(t *testing.T) {
 		{"a", "", "", "", `connection{from: default/b} mine{http: GET /a/{x}, PUT /a/{x}, GET /z/**; a connection without a request meets none} hosted{http: * /h; a connection without a request meets none; hosts: a.example} other{http: GET /b, POST /b/{x}; a connection without a request meets none; from: default/b; hosts: b.example}`},
 	} {
 		var got []string
-		for _, m := range api.Near(caller(t, plan, c.from), c.host, c.method, c.path) {
+		for _, m := range api.Near(caller(t, plan, c.from), Call{Host: c.host, Method: c.method, Path: c.path}) {
 			if m.Position.Line == 0 || len(m.Differs) == 0 {
 				t.Errorf("%+v", m)
 			}

@@ -128,6 +128,8 @@ func (p *pattern) covers(o *pattern, deny bool) bool {
 		}
 	}
 	switch {
+	case p.grpc && !deny && !o.grpc:
+		return false // which is met by other requests too
 	case method != "" && method != o.method && !(deny && o.method != "" && strings.EqualFold(method, o.method)):
 		return false
 	case o.rest && !rest, len(o.segments) < len(segments), !rest && len(o.segments) != len(segments):

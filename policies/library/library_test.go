@@ -144,7 +144,7 @@ func TestFirstLookRefusesNobody(t *testing.T) {
 		t.Errorf("modes %s, %s", api.Mode, web.Mode)
 	}
 	var m compile.Matches
-	if api.Match(&m, nil, "web.example", "GET", "/healthz"); len(m.Rules) != 1 || m.Refusal != flow.ReasonOK {
+	if api.Match(&m, nil, compile.Call{Host: "web.example", Method: "GET", Path: "/healthz"}); len(m.Rules) != 1 || m.Refusal != flow.ReasonOK {
 		t.Errorf("%+v", m)
 	}
 }

@@ -21,9 +21,7 @@ var unsupported = map[string]bool{
 	"RelationModelSpec.engine=spicedb": true,
 
 	"APIPolicySpec.onError=cached": true,
-	"Protect.protocol=grpc":        true,
 	"App.tls=reencrypt":            true,
-	"Rule.grpc":                    true,
 	"Rule.upgrade":                 true,
 	"App.ca":                       true,
 	"Token.boundTo=dpop":           true,

@@ -122,6 +122,7 @@ const (
 	ReasonHeaderAmbiguous Reason = "http_header"    // a header that a policy reads came more than once
 	ReasonUpgrade         Reason = "http_upgrade"   // an upgrade that no rule allows
 	ReasonNotHTTP         Reason = "not_http"       // a protocol: http port that is spoken to otherwise
+	ReasonNotGRPC         Reason = "not_grpc"       // a request other than a call of gRPC on a protocol: grpc port
 	ReasonTimeout         Reason = "timeout"        // header, body or idle
 	ReasonUpstream        Reason = "upstream"       // the application refused or broke off
 	ReasonUpstreamGone    Reason = "upstream_gone"  // nothing of the protected identity listens
@@ -163,6 +164,8 @@ func (r Reason) Status() int {
 		return 408
 	case ReasonTooLarge:
 		return 413
+	case ReasonNotGRPC:
+		return 415
 	case ReasonThrottled:
 		return 429
 	case ReasonInternal:
@@ -174,6 +177,35 @@ func (r Reason) Status() int {
 		return 503
 	}
 	return 403
+}
+
+// GRPC returns the status code of gRPC that a refused call gets: the code of
+// google.rpc.Code that stands for Status.
+func (r Reason) GRPC() int {
+	const (
+		invalidArgument   = 3
+		deadlineExceeded  = 4
+		permissionDenied  = 7
+		resourceExhausted = 8
+		internal          = 13
+		unavailable       = 14
+		unauthenticated   = 16
+	)
+	switch r.Status() {
+	case 400, 415:
+		return invalidArgument
+	case 401:
+		return unauthenticated
+	case 408:
+		return deadlineExceeded
+	case 413, 429:
+		return resourceExhausted
+	case 500:
+		return internal
+	case 502, 503:
+		return unavailable
+	}
+	return permissionDenied
 }
 
 // Told is the code that a refused caller learns, ReasonOK where it learns
@@ -188,7 +220,7 @@ func (r Reason) Told(proven bool) Reason {
 	case ReasonNoIdentity, ReasonMTLSRequired,
 		ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenPlace,
 		ReasonTokenScope, ReasonStepUp,
-		ReasonMalformed, ReasonTooLarge, ReasonTarget, ReasonHeaderAmbiguous, ReasonUpgrade, ReasonNotHTTP, ReasonTimeout,
+		ReasonMalformed, ReasonTooLarge, ReasonTarget, ReasonHeaderAmbiguous, ReasonUpgrade, ReasonNotHTTP, ReasonNotGRPC, ReasonTimeout,
 		ReasonThrottled:
 		return r
 	}
@@ -207,6 +239,8 @@ func (r Reason) Public() string {
 		return "The request did not arrive in time."
 	case 413:
 		return "The request is larger than is accepted here."
+	case 415:
+		return "The request is not a call of gRPC."
 	case 429:
 		return "Too many or unusual requests; try again later."
 	case 500, 502, 503:

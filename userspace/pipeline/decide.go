@@ -166,7 +166,7 @@ func (r *run) judge() {
 		r.refuse(flow.StagePolicy, flow.ReasonNotReady, "")
 	case r.api == nil:
 		r.refuse(flow.StagePolicy, flow.ReasonNoPolicy, "")
-	case r.channel() && r.identity(r.api.MTLS == compile.MTLSRequired) && r.posture() && r.governance():
+	case r.channel() && r.identity(r.api.MTLS == compile.MTLSRequired) && r.posture() && r.governance() && r.protocol():
 		m, ok := r.rules()
 		if !ok {
 			return
@@ -223,6 +223,14 @@ func (r *run) governance() bool {
 		return r.refuse(flow.StageGovernance, flow.ReasonIdentityExpired, "owner "+r.src.Owner+", expired "+r.src.Expires.Format(time.DateOnly))
 	}
 	r.step(flow.StageGovernance, flow.ReasonOK, r.src.Owner, "")
+	return true
+}
+
+// protocol refuses what is no call of gRPC where gRPC alone is served.
+func (r *run) protocol() bool {
+	if r.api.Protocol == compile.ProtocolGRPC && r.req.Protocol != flow.ProtocolGRPC {
+		return r.refuse(flow.StageProtocol, flow.ReasonNotGRPC, "no call of gRPC: POST over HTTP/2 with content-type application/grpc")
+	}
 	return true
 }
 

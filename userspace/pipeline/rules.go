@@ -23,7 +23,7 @@ const maxWait = 5 * time.Second
 func (r *run) rules() (*compile.Match, bool) {
 	req := r.req
 	r.activation = compile.Activation{Request: req, Source: r.src, Time: r.now}
-	r.api.Match(&r.matches, r.src, req.Host, req.Method, req.Path)
+	r.api.Match(&r.matches, r.src, compile.Call{Host: req.Host, Method: req.Method, Path: req.Path, GRPC: req.Protocol == flow.ProtocolGRPC})
 	for i := range r.matches.Rules {
 		if m := &r.matches.Rules[i]; m.Rule.Deny && r.denies(m) {
 			return nil, false

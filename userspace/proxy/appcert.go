@@ -72,7 +72,7 @@ func (p *Proxy) SetAppCertificates(list []AppCertificate) {
 func (p *Proxy) appConfig() *tls.Config {
 	return identity.ServerConfig(identity.ServerOptions{
 		Leaves: p.opt.Leaves, Verifier: p.opt.Verifier, Unproven: true,
-		NextProtos: []string{"http/1.1", ""}, // "" is a client without ALPN
+		NextProtos: []string{"http/1.1", "h2", ""}, // "" is a client without ALPN
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 			conn, ok := hello.Conn.(*appConn)
 			if !ok {

@@ -66,6 +66,7 @@ type call struct {
 	onward   netloop.Stream // the tunnel's stream to the other node
 	upstream *netloop.Conn
 	used     bool // the upstream has answered a request
+	h2       duplex
 
 	// The request body, while it goes on beside the response.
 	body    http1.Body
@@ -96,8 +97,13 @@ func (p *Proxy) newCall(t *netloop.Task, client netloop.Stream) *call {
 	return c
 }
 
-// release ends the use of a call: nothing of a peer stays in it.
+// release ends the use of a call, once the last of its exchanges has ended:
+// nothing of a peer stays in it.
 func (c *call) release() {
+	if c.h2.exchanges > 0 {
+		c.h2.over = true
+		return
+	}
 	if c.handle != 0 {
 		c.p.opt.Pipeline.Live().Remove(c.handle)
 	}
@@ -205,20 +211,31 @@ func text(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 func (c *call) begin(protocol flow.Protocol) *flow.Request {
 	now := time.Now()
 	c.l.judge.PutID(&c.id, now)
-	c.req = flow.Request{ID: text(c.id[:]), Time: now, Peer: c.peer, Destination: c.dst, Protocol: protocol}
-	if c.peer.Channel == flow.ChannelKernel {
-		c.req.Peer.Thumbprints = c.p.opt.Leaves.Thumbprints(c.peer.ID)
-	}
+	c.req = c.request(text(c.id[:]), now, protocol)
 	return &c.req
+}
+
+// request begins what a decision is about.
+func (c *call) request(id string, now time.Time, protocol flow.Protocol) flow.Request {
+	req := flow.Request{ID: id, Time: now, Peer: c.peer, Destination: c.dst, Protocol: protocol}
+	if c.peer.Channel == flow.ChannelKernel {
+		req.Peer.Thumbprints = c.p.opt.Leaves.Thumbprints(c.peer.ID)
+	}
+	return req
 }
 
 // refuse makes a decision of what was found outside the pipeline.
 func (c *call) refuse(stage flow.Stage, reason flow.Reason, detail string) {
-	steps := append(c.d.Steps[:0], flow.Step{Stage: stage, Reason: reason, Detail: detail})
-	c.d = flow.Decision{Effect: flow.EffectDeny, Enforced: c.enforced(), Stage: stage, Reason: reason, Detail: detail, Steps: steps}
-	c.d.Subjects[0] = c.peer.ID
-	if c.api != nil {
-		c.d.Policy, c.d.Position = c.api.Name, c.api.Position.FileLine()
+	c.refuseBy(&c.d, c.api, c.enforced(), stage, reason, detail)
+}
+
+// refuseBy is refuse for a decision that is not the connection's own.
+func (c *call) refuseBy(d *flow.Decision, api *compile.API, enforced bool, stage flow.Stage, reason flow.Reason, detail string) {
+	steps := append(d.Steps[:0], flow.Step{Stage: stage, Reason: reason, Detail: detail})
+	*d = flow.Decision{Effect: flow.EffectDeny, Enforced: enforced, Stage: stage, Reason: reason, Detail: detail, Steps: steps}
+	d.Subjects[0] = c.peer.ID
+	if api != nil {
+		d.Policy, d.Position = api.Name, api.Position.FileLine()
 	}
 }
 
@@ -238,9 +255,7 @@ func (c *call) connect() error {
 		_ = c.upstream.Close()
 		c.upstream, c.used = nil, false
 	}
-	v := c.p.view.Load()
-	conn, err := c.p.dial(c.t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
-		Source: c.peer.Number, Target: v.numbers[c.targetID]}, time.Now().Add(c.p.opt.ConnectTimeout))
+	conn, err := c.dialApplication(c.t)
 	if err != nil {
 		return err
 	}
@@ -251,20 +266,31 @@ func (c *call) connect() error {
 	return nil
 }
 
-// watch registers the call, so that it ends when what allowed it ends. It
-// returns false where that has happened meanwhile.
-func (c *call) watch(opaque bool) bool {
-	engine, loop, serial := c.t.Engine(), c.t.Loop(), c.serial
-	s := pipeline.Stream{Subjects: c.d.Subjects, Serial: c.peer.Serial, Issued: c.req.Time}
+// dialApplication has the agent make a connection to the application.
+func (c *call) dialApplication(t *netloop.Task) (*netloop.Conn, error) {
+	return c.p.dial(t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
+		Source: c.peer.Number, Target: c.p.view.Load().numbers[c.targetID]}, time.Now().Add(c.p.opt.ConnectTimeout))
+}
+
+// lives is what a decision allowed, as it is registered.
+func (c *call) lives(d *flow.Decision, issued time.Time, enforced bool) pipeline.Stream {
+	s := pipeline.Stream{Subjects: d.Subjects, Serial: c.peer.Serial, Issued: issued, Until: d.Until}
 	s.Subjects[0] = c.peer.ID
-	s.Until = c.d.Until
 	if !s.Until.IsZero() && s.Until.Equal(c.peer.NotAfter) {
 		// What is under way may end in order while the tunnel drains.
 		s.Until = s.Until.Add(c.p.opt.DrainTimeout)
 	}
-	if !c.enforced() {
+	if !enforced {
 		s.Until = time.Time{}
 	}
+	return s
+}
+
+// watch registers the call, so that it ends when what allowed it ends. It
+// returns false where that has happened meanwhile.
+func (c *call) watch(opaque bool) bool {
+	engine, loop, serial := c.t.Engine(), c.t.Loop(), c.serial
+	s := c.lives(&c.d, c.req.Time, c.enforced())
 	s.Kill = func(reason flow.Reason) {
 		engine.Post(loop, func(*netloop.Task) {
 			if c.serial == serial {
@@ -317,12 +343,17 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, &d)
 	}
 	if c.serial == serial && c.round == round && d.Refused() {
-		reason := flow.ReasonPolicyChanged
-		if d.Reason == flow.ReasonIdentityRevoked || d.Reason == flow.ReasonCertificateRevoked {
-			reason = flow.ReasonRevoked
-		}
-		c.end(reason)
+		c.end(endOf(d.Reason))
 	}
+}
+
+// endOf is why a live call ends that would be refused now.
+func endOf(refused flow.Reason) flow.Reason {
+	switch refused {
+	case flow.ReasonIdentityRevoked, flow.ReasonCertificateRevoked, flow.ReasonTokenRevoked:
+		return flow.ReasonRevoked
+	}
+	return flow.ReasonPolicyChanged
 }
 
 // end cuts the call; its tasks get errors from what they wait for.
@@ -331,15 +362,7 @@ func (c *call) end(reason flow.Reason) {
 		return
 	}
 	c.reason = reason
-	c.p.counts.killed.Add(1)
-	// A decision of the call's own may be under way in c.req and c.d.
-	now := time.Now()
-	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.peer, Destination: c.dst, Protocol: c.req.Protocol}
-	d := flow.Decision{Effect: flow.EffectTerminate, Enforced: true, Stage: flow.StagePolicy, Reason: reason, Detail: "a live connection was ended"}
-	if c.api != nil {
-		d.Policy, d.Position = c.api.Name, c.api.Position.FileLine()
-	}
-	c.l.judge.Record(&req, c.api, &d, pipeline.Outcome{Destination: c.target})
+	c.recordEnd(reason, c.req.Protocol, c.api, c.target)
 	abort(c.client)
 	if c.upstream != nil {
 		c.upstream.Abort()
@@ -347,6 +370,19 @@ func (c *call) end(reason flow.Reason) {
 	if c.onward != nil {
 		abort(c.onward)
 	}
+}
+
+// recordEnd notes that something live was ended. A decision of the call's own
+// may be under way in c.req and c.d.
+func (c *call) recordEnd(reason flow.Reason, protocol flow.Protocol, api *compile.API, target *compile.Identity) {
+	c.p.counts.killed.Add(1)
+	now := time.Now()
+	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.peer, Destination: c.dst, Protocol: protocol}
+	d := flow.Decision{Effect: flow.EffectTerminate, Enforced: true, Stage: flow.StagePolicy, Reason: reason, Detail: "a live connection was ended"}
+	if api != nil {
+		d.Policy, d.Position = api.Name, api.Position.FileLine()
+	}
+	c.l.judge.Record(&req, api, &d, pipeline.Outcome{Destination: target})
 }
 
 // abort resets a connection of whatever kind.
@@ -455,27 +491,35 @@ func appendDenial(b []byte, reason flow.Reason, more string, proven bool, id str
 	if !keep {
 		b = append(b, "Connection: close\r\n"...)
 	}
-	var number [3]byte
-	n := strconv.AppendInt(number[:0], int64(status), 10)
-	about, suffix, member, told := `{"type":"`+flow.ReasonsURL, flow.ReasonsSuffix+`","title":"`, `","reason":"`, string(reason.Told(proven))
-	if told == "" {
-		about, suffix, member = `{"type":"about:blank`, `","title":"`, ""
-	}
-	parts := [...]string{about, told, suffix, title, `","status":`, text(n),
-		`,"detail":"`, reason.Public(), `","instance":"urn:sallyport:request:`, id, member, told, `","requestID":"`, id, "\"}\n"}
-	length := 0
-	for _, p := range parts {
-		length += len(p)
-	}
+	var room [problemRoom]byte
+	body := appendProblem(room[:0], reason, proven, id)
 	b = append(b, "Content-Length: "...)
-	b = append(strconv.AppendInt(b, int64(length), 10), "\r\n\r\n"...)
+	b = append(strconv.AppendInt(b, int64(len(body)), 10), "\r\n\r\n"...)
 	if head {
 		return b
 	}
-	for _, p := range parts {
-		b = append(b, p...)
+	return append(b, body...)
+}
+
+// problemRoom is more than a problem document takes, in bytes.
+const problemRoom = 768
+
+// appendProblem appends the problem document of a refusal.
+func appendProblem(b []byte, reason flow.Reason, proven bool, id string) []byte {
+	status := reason.Status()
+	told := string(reason.Told(proven))
+	if told == "" {
+		b = append(b, `{"type":"about:blank`...)
+	} else {
+		b = append(append(append(b, `{"type":"`+flow.ReasonsURL...), told...), flow.ReasonsSuffix...)
 	}
-	return b
+	b = append(append(b, `","title":"`...), http.StatusText(status)...)
+	b = append(strconv.AppendInt(append(b, `","status":`...), int64(status), 10), `,"detail":"`...)
+	b = append(append(append(b, reason.Public()...), `","instance":"urn:sallyport:request:`...), id...)
+	if told != "" {
+		b = append(append(b, `","reason":"`...), told...)
+	}
+	return append(append(append(b, `","requestID":"`...), id...), "\"}\n"...)
 }
 
 // challengeOf returns the parameters of a WWW-Authenticate: Bearer field, ""

@@ -168,7 +168,7 @@ func (c *call) serveRequest() bool {
 		return c.deny(whole && c.d.Effect != flow.EffectTerminate)
 	}
 	if c.d.DirectOK {
-		c.direct()
+		c.direct(&c.d)
 	}
 	if err := c.connect(); err != nil {
 		return c.stop(reasonOf(err, flow.ReasonUpstream))

@@ -157,7 +157,6 @@ var smuggling = []struct {
 	{"many fields", "GET / HTTP/1.1\r\nHost: a\r\n" + strings.Repeat("X: a\r\n", 200) + "\r\n", flow.ReasonTooLarge},
 	{"bad chunk", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n", flow.ReasonMalformed},
 	{"not HTTP", "EHLO example\r\n", flow.ReasonNotHTTP},
-	{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", flow.ReasonMalformed},
 }
 
 func TestSmuggling(t *testing.T) {

@@ -14,6 +14,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http2"
 )
 
 // peeked is a connection of which some bytes were read ahead.
@@ -80,6 +81,7 @@ type spoken uint8
 const (
 	spokenNothing spoken = iota // none came in time
 	spokenHTTP
+	spokenHTTP2
 	spokenTLS
 	spokenOther
 	spokenEnd // the client ended it without a word
@@ -104,11 +106,19 @@ func (c *call) detect(limit time.Duration, expected bool) spoken {
 			if looksLikeTLS(b) {
 				return spokenTLS
 			}
+			n := min(len(b), len(http2.Preface))
+			begins := string(b[:n]) == http2.Preface[:n]
+			if begins && n == len(http2.Preface) {
+				return spokenHTTP2
+			}
 			yes, more := http1.LooksLikeHTTP1(b)
-			if yes || more && expected && b[0] != 0x16 {
+			if more && begins && expected {
+				// The first letter of POST is also that of the preface.
+				_ = c.client.SetReadDeadline(time.Now().Add(c.p.opt.HeadTimeout))
+			} else if !begins && (yes || more && expected && b[0] != 0x16) {
 				return spokenHTTP
 			}
-			if !more && (len(b) >= 3 || b[0] != 0x16) {
+			if !begins && !more && (len(b) >= 3 || b[0] != 0x16) {
 				return spokenOther
 			}
 		}
@@ -138,7 +148,7 @@ func (c *call) serve() {
 		return
 	}
 	switch c.api.Protocol {
-	case compile.ProtocolHTTP:
+	case compile.ProtocolHTTP, compile.ProtocolGRPC:
 		if c.accept() != nil {
 			return
 		}
@@ -156,13 +166,15 @@ func (c *call) serve() {
 }
 
 func (c *call) serveDetected(s spoken) {
-	strict := c.api.Protocol == compile.ProtocolHTTP
+	strict := c.api.Protocol != compile.ProtocolAuto
 	switch {
 	case s == spokenEnd || strict && s == spokenNothing:
 	case s == spokenTLS:
 		c.cutOff(flow.ReasonTLSInApp, errHello.Error())
 	case s == spokenHTTP:
 		c.serveHTTP()
+	case s == spokenHTTP2:
+		c.serveHTTP2()
 	case strict:
 		c.unreadable(&http1.Error{Reason: flow.ReasonNotHTTP, Text: "what came first is no request"})
 	default:
@@ -256,7 +268,7 @@ func (c *call) serveOpaque(protocol flow.Protocol) {
 		return
 	}
 	if c.d.DirectOK {
-		c.direct()
+		c.direct(&c.d)
 	}
 	if c.connectOpaque() != nil || !c.watch(true) {
 		return
@@ -306,14 +318,14 @@ const (
 
 // direct asks for the verdict that later connections of this kind need no
 // proxy.
-func (c *call) direct() {
+func (c *call) direct(d *flow.Decision) {
 	if c.peer.Channel != flow.ChannelKernel || c.peer.Number == 0 || c.fromNetns == 0 {
 		return
 	}
 	now := time.Now()
 	ttl := c.p.opt.VerdictTTL
-	if !c.d.Until.IsZero() {
-		ttl = min(ttl, c.d.Until.Sub(now))
+	if !d.Until.IsZero() {
+		ttl = min(ttl, d.Until.Sub(now))
 	}
 	key := verdictKey{c.peer.Number, c.fromNetns, c.dst}
 	if ttl <= 0 || now.Sub(c.l.verdicts[key]) < verdictPause {

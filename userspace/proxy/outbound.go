@@ -122,7 +122,12 @@ func (c *call) fail(r *refusal) {
 // refuseEarly refuses a connection before anything was read of it: a client
 // that speaks HTTP is told why, others are reset.
 func (c *call) refuseEarly() {
-	if c.detect(c.p.opt.Detect, false) != spokenHTTP {
+	switch c.detect(c.p.opt.Detect, false) {
+	case spokenHTTP:
+	case spokenHTTP2:
+		c.refuseStreams()
+		return
+	default:
 		abort(c.client)
 		return
 	}

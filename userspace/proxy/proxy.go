@@ -7,7 +7,7 @@
 // the other node.
 //
 // It runs on package netloop: one task a connection, two while a request body
-// and its response are under way at once. The privileged process is behind
+// and its response are under way at once; of HTTP/2 as many for each stream. The privileged process is behind
 // Agent. Nothing here decides; what it cannot read unambiguously it refuses,
 // or passes on untouched where the policy only observes.
 package proxy
@@ -123,6 +123,7 @@ type loop struct {
 	tunnels  map[tunnelKey]*tunnelPool
 	verdicts map[verdictKey]time.Time
 	calls    []*call // spare
+	spare    []*exchange
 }
 
 // New returns a proxy without listeners.
@@ -205,7 +206,7 @@ func (p *Proxy) newNamespace(netns uint64) *namespace {
 			return id.ID, nil
 		}})
 	ns.steerTLS = identity.ServerConfig(identity.ServerOptions{Leaves: p.opt.Leaves, Verifier: p.opt.Verifier,
-		NextProtos: []string{"http/1.1", ""}, // "" is a client without ALPN
+		NextProtos: []string{"http/1.1", "h2", ""}, // "" is a client without ALPN
 		Identity: func(hello *tls.ClientHelloInfo) (string, error) {
 			dst, err := netip.ParseAddrPort(hello.Conn.LocalAddr().String())
 			if err != nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+	"github.com/sallyport-dev/sallyport/userspace/token"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,7 +43,7 @@ spec: {owner: o@t.example, spiffeID: "spiffe://example.org/other", select: {syst
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
 metadata: {name: server, namespace: t}
-spec: {owner: s@t.example, spiffeID: "spiffe://example.org/server", select: {systemd: {unit: server.service}}, endpoints: ["10.0.2.1:80", "10.0.2.1:81", "10.0.2.1:82", "10.0.2.1:83", "10.0.2.1:7", "10.0.2.1:99"]}
+spec: {owner: s@t.example, spiffeID: "spiffe://example.org/server", select: {systemd: {unit: server.service}}, endpoints: ["10.0.2.1:80", "10.0.2.1:81", "10.0.2.1:82", "10.0.2.1:83", "10.0.2.1:84", "10.0.2.1:7", "10.0.2.1:99"]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: APIPolicy
@@ -81,6 +82,22 @@ spec:
   protect: {identity: server, ports: [83], protocol: tls, app: {tls: passthrough}}
   rules:
     - {name: named, from: [client], hosts: [app.example]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: rpc, namespace: t}
+spec:
+  mode: MODE
+  protect: {identity: server, ports: [84], protocol: grpc}
+  rules:
+    - {name: calls, from: [client], grpc: [t.Echo/*]}
+    - {name: paid, from: [client], grpc: [t.Paid/*], token: {issuer: sso, audience: server}}
+    - {name: no-secret, effect: deny, grpc: [t.Echo/Secret]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: TokenIssuer
+metadata: {name: sso, namespace: t}
+spec: {issuer: "https://sso.t.example", jwks: {url: "https://sso.t.example/jwks"}, algorithms: [ES256]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: APIPolicy
@@ -170,6 +187,7 @@ type node struct {
 	engine   *netloop.Engine
 	proxy    *Proxy
 	pipeline *pipeline.Pipeline
+	tokens   *token.Verifier
 	leaves   *identity.Leaves
 	verifier *identity.Verifier
 
@@ -225,7 +243,8 @@ func newNode(t testing.TB, ca *identity.CA, o nodeOptions) *node {
 	if n.engine, err = netloop.New(netloop.Options{Loops: 1, Goroutines: o.goroutines}); err != nil {
 		t.Fatal(err)
 	}
-	n.pipeline = pipeline.New(pipeline.Options{Node: "n", Ceiling: flow.ModeEnforce})
+	n.tokens = token.New(token.Options{})
+	n.pipeline = pipeline.New(pipeline.Options{Node: "n", Ceiling: flow.ModeEnforce, Tokens: n.tokens})
 	options := Options{Pipeline: n.pipeline, Agent: n, Flows: n, Leaves: n.leaves, Verifier: n.verifier}
 	if o.change != nil {
 		o.change(&options)

@@ -73,7 +73,7 @@ type Session struct {
 func newSession(t *netloop.Task, c netloop.Stream, cfg Config, server bool) *Session {
 	now := time.Now()
 	m := &Session{c: c, task: t, cfg: cfg.withDefaults(), server: server, streams: map[uint32]*Stream{}, nextID: 1,
-		send: 65535, peerWindow: 65535, peerFrame: maxData, peerStreams: 100, heard: now, active: now,
+		send: 65535, peerWindow: 65535, peerFrame: maxData, peerStreams: 1000, heard: now, active: now,
 		resets: newBucket(1000, 4000), earlyResets: newBucket(100, 300), settings: newBucket(1, 20),
 		pings: newBucket(2, 60), control: newBucket(2000, 20000)}
 	m.credit = m.cfg.ConnWindow
@@ -155,19 +155,27 @@ func (m *Session) Changed(t *netloop.Task, deadline time.Time) error {
 	return t.WaitUntil(&m.changed, deadline)
 }
 
-// Await parks until the session is usable, or will not be any more, or the
-// deadline.
+// Await parks until Open can be called, or the session will take no more
+// streams, or the deadline.
 func (m *Session) Await(t *netloop.Task, deadline time.Time) error {
-	for !m.settled && !m.over && !m.draining || m.Full() {
-		if err := t.WaitUntil(&m.changed, deadline); err != nil {
+	for !m.over && !m.draining {
+		wait := &m.changed
+		if m.settled && !m.Full() {
+			if len(m.out) <= m.cfg.WriteLimit {
+				break
+			}
+			wait = &m.taken
+		}
+		if err := t.WaitUntil(wait, deadline); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// Room parks until what waits for the socket is little enough for a header
-// list, which no window bounds. It returns an error where the session ends.
+// Room parks until what waits for the socket is little enough for another
+// header list, which no window bounds. It returns an error where the engine
+// ends.
 func (m *Session) Room(t *netloop.Task) error {
 	for len(m.out) > m.cfg.WriteLimit && !m.over {
 		if err := t.Wait(&m.taken); err != nil {
@@ -602,6 +610,9 @@ func (m *Session) tick() time.Duration {
 
 // sweep does what is due by the time alone.
 func (m *Session) sweep() {
+	if m.over {
+		return
+	}
 	now := time.Now()
 	if !m.cfg.NotAfter.IsZero() && !now.Before(m.cfg.NotAfter) || m.cfg.Ending != nil && !m.draining && m.cfg.Ending() {
 		m.Drain()

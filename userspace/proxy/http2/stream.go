@@ -66,8 +66,9 @@ func (s *Stream) Session() *Session { return s.m }
 // Over says that the stream has ended in both directions or was reset.
 func (s *Stream) Over() bool { return s.over }
 
-// Ends says that nothing more comes from the peer than what waits to be read.
-func (s *Stream) Ends() bool { return s.rerr != nil }
+// Orderly says that it has ended in both directions, and was not reset before
+// all was sent.
+func (s *Stream) Orderly() bool { return s.over && s.orderly }
 
 // Head is what the request began with, server side.
 func (s *Stream) Head() *Head { return &s.head }
