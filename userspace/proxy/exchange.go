@@ -290,7 +290,10 @@ func (x *exchange) forward() error {
 	}
 	deadline := time.Now().Add(x.c.p.opt.ConnectTimeout)
 	if err := app.Await(x.t, deadline); err != nil {
-		return &refusal{flow.StageUpstream, flow.ReasonOverload, "the application takes no more streams"}
+		if app.Full() {
+			return &refusal{flow.StageUpstream, flow.ReasonOverload, "the application takes no more streams"}
+		}
+		return &refusal{flow.StageUpstream, flow.ReasonUpstream, "the application does not answer in HTTP/2"}
 	}
 	if x.s.Over() {
 		return errNoClient

@@ -162,7 +162,9 @@ func (m *Session) takeRequest(list Head) error {
 				_ = s.Close()
 			}
 		}()
-		m.handler(t, s)
+		if !s.over { // else it was taken back, or the session has ended
+			m.handler(t, s)
+		}
 	})
 	return nil
 }

@@ -97,7 +97,7 @@ func (m *Session) start() {
 
 // Serve runs the server's side of a session on c until it ends; handler runs
 // for each request in a task of its own, and the stream is closed when it
-// returns. Serve returns nil when both sides ended in order. It does
+// returns. None begins after Serve has returned. Serve returns nil when both sides ended in order. It does
 // not close c.
 func Serve(t *netloop.Task, c netloop.Stream, cfg Config, handler func(*netloop.Task, *Stream)) error {
 	m := newSession(t, c, cfg, true)
