@@ -32,10 +32,12 @@ func newExplain() *cobra.Command {
 		Use: "explain REQUEST-ID | explain --from CALLER --to CALLEE [METHOD PATH]", Short: "Show stage by stage what became of a recent call, or what would become of one",
 		Long: `Show stage by stage what became of a recent call, by the request id of its denial or record, or what would
 become of a described call, judged by policies in files and without an agent: --from and --to name
-MachineIdentities; without METHOD and PATH it is an opaque connection. The words of --token and
---posture are those of policy tests.`,
+MachineIdentities; METHOD and PATH are those of a request, or grpc and PACKAGE.SERVICE/METHOD of a
+call of gRPC; without them it is an opaque connection. The words of --token and --posture are those of
+policy tests.`,
 		Example: `  sallyport explain 01M8AJ2874XT3DJBBGGPD81C71
   sallyport explain --from checkout --to payments POST /v1/payments --token '{scopes: [payments:write]}'
+  sallyport explain --from checkout --to ledger grpc shop.Ledger/Append
   sallyport explain --policies running --from none --to shop/payments GET /healthz`,
 		Args: cobra.MaximumNArgs(2),
 	}
@@ -168,8 +170,12 @@ func (e *explainer) flags() map[string]string {
 func (e *explainer) call(args []string) (*trial.Call, error) {
 	flags := e.flags()
 	if len(args) == 2 {
-		b, _ := json.Marshal(args[0] + " " + args[1])
-		flags["http"] = string(b)
+		field, what := "http", args[0]+" "+args[1]
+		if strings.EqualFold(args[0], "grpc") {
+			field, what = "grpc", args[1]
+		}
+		b, _ := json.Marshal(what)
+		flags[field] = string(b)
 	}
 	var text strings.Builder
 	var fields []string
@@ -202,6 +208,8 @@ func flagName(field string) string {
 	switch field {
 	case "http":
 		return "METHOD PATH"
+	case "grpc":
+		return "grpc METHOD"
 	case "headers":
 		return "--header"
 	case "tuples":

@@ -654,7 +654,7 @@ func (x *exchange) deny() {
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		list = append(list, http2.Field{Name: "retry-after", Value: "1"})
 	}
-	head := x.head.Method == http.MethodHead
+	head := x.head.Method == "HEAD"
 	if x.s.SendHead(list, head) != nil || head {
 		return
 	}

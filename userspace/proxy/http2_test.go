@@ -314,10 +314,10 @@ func (f *framer) headers(id uint32, end bool, pairs ...string) {
 
 // answer is what came back on a stream.
 type answer struct {
-	status, reason string
-	body           []byte
-	code           http2.ErrCode // of RST_STREAM
-	reset, ended   bool
+	status       string
+	body         []byte
+	code         http2.ErrCode // of RST_STREAM
+	reset, ended bool
 }
 
 // answer reads to the end of a stream. It grants no windows.

@@ -25,6 +25,8 @@ type Call struct {
 	// HTTP is METHOD and target, "GET /v1/payments?page=2"; absent: the call
 	// is an opaque connection.
 	HTTP string `json:"http"`
+	// GRPC is a call of gRPC, "package.Service/Method"; absent: see http.
+	GRPC string `json:"grpc"`
 	// Host is the host asked for, or the SNI of a connection; absent: the only
 	// one that the policy's rules name, else the called identity's name.
 	Host string `json:"host"`
@@ -101,7 +103,9 @@ func (c Call) over(d *Call) Call {
 	set(&out.To, c.To)
 	set(&out.Port, c.Port)
 	set(&out.Channel, c.Channel)
-	set(&out.HTTP, c.HTTP)
+	if c.HTTP != "" || c.GRPC != "" { // one takes the place of the other
+		out.HTTP, out.GRPC = c.HTTP, c.GRPC
+	}
 	set(&out.Host, c.Host)
 	set(&out.Body, c.Body)
 	set(&out.Token, c.Token)

@@ -46,6 +46,7 @@ type Resolved struct {
 	// Method, Path and Host are what is asked for; Method is "" for an opaque
 	// connection.
 	Method, Path, Host string
+	GRPC               bool
 	Port               uint16
 	// Assumed says what the description left open.
 	Assumed []string
@@ -62,6 +63,11 @@ type Resolved struct {
 	posture     *Posture
 	tuples      map[string][]relation.Tuple
 	now         time.Time
+}
+
+// Call is what is asked for, as policies match it.
+func (c *Resolved) Call() compile.Call {
+	return compile.Call{Host: c.Host, Method: c.Method, Path: c.Path, GRPC: c.GRPC}
 }
 
 // Peer is the caller as the pipeline sees it.
@@ -223,12 +229,27 @@ func (r *resolver) what() {
 		out.Method, out.target = method, target
 		out.Path, _, _ = strings.Cut(target, "?")
 	}
+	if r.in.GRPC != "" {
+		service, method, ok := strings.Cut(r.in.GRPC, "/")
+		if !ok || service == "" || method == "" || strings.ContainsAny(r.in.GRPC, " \t\r\n?") {
+			r.fault([]any{"grpc"}, "%q is not PACKAGE.SERVICE/METHOD", r.in.GRPC)
+			return
+		}
+		if r.in.HTTP != "" {
+			r.fault([]any{"grpc"}, "with http, one of them is not meant")
+		}
+		out.Method, out.target, out.Path, out.GRPC = "POST", "/"+r.in.GRPC, "/"+r.in.GRPC, true
+	}
 	if a := out.API; a != nil {
+		field := "http"
+		if out.GRPC || a.Protocol == compile.ProtocolGRPC {
+			field = "grpc"
+		}
 		switch connection := out.Method == ""; {
 		case connection && (a.Protocol == compile.ProtocolHTTP || a.Protocol == compile.ProtocolGRPC):
-			r.fault([]any{"http"}, "is missing; %s has protocol: %s, so a call is a request", a.Name, a.Protocol)
+			r.fault([]any{field}, "is missing; %s has protocol: %s, so a call is a request", a.Name, a.Protocol)
 		case !connection && (a.Protocol == compile.ProtocolTCP || a.Protocol == compile.ProtocolTLS):
-			r.fault([]any{"http"}, "%s has protocol: %s, whose connections are judged without reading requests; leave it out", a.Name, a.Protocol)
+			r.fault([]any{field}, "%s has protocol: %s, whose connections are judged without reading requests; leave it out", a.Name, a.Protocol)
 		}
 	}
 	out.Host = r.in.Host
@@ -257,7 +278,7 @@ func hosts(a *compile.API) []string {
 // fields holds the field lines against the form; what is wrong with what they
 // say is the parser's to find.
 func (r *resolver) fields() {
-	if r.in.HTTP == "" && (len(r.in.Headers) > 0 || r.in.Body != "" || r.in.Token != nil) {
+	if r.in.HTTP == "" && r.in.GRPC == "" && (len(r.in.Headers) > 0 || r.in.Body != "" || r.in.Token != nil) {
 		r.fault([]any{"http"}, "is missing; headers, body and token belong to a request")
 	}
 	for i, line := range r.in.Headers {
@@ -408,6 +429,10 @@ func (c *Resolved) read(req *flow.Request, headers []string) error {
 		return nil
 	}
 	req.Protocol, req.Method = flow.ProtocolHTTP, c.Method
+	if c.GRPC {
+		req.Protocol = flow.ProtocolGRPC
+		headers = append([]string{"Content-Type: application/grpc"}, headers...)
+	}
 	var raw bytes.Buffer
 	fmt.Fprintf(&raw, "%s %s HTTP/1.1\r\nHost: %s\r\n", c.Method, c.target, c.Host)
 	framed := false
@@ -434,6 +459,9 @@ func (c *Resolved) read(req *flow.Request, headers []string) error {
 	}
 	req.Path, req.Query, req.Host = string(head.Path), string(head.Query), string(head.Host)
 	req.Headers, req.ContentLength, req.Body = head.Fields, head.ContentLength, []byte(c.body)
+	if c.GRPC {
+		req.ContentLength = -1 // of which clients say nothing
+	}
 	return nil
 }
 

@@ -192,6 +192,70 @@ func TestCases(t *testing.T) {
 	}
 }
 
+// TestGRPC holds described calls of gRPC against rules of both kinds.
+func TestGRPC(t *testing.T) {
+	p, problems := compile.Build([]load.File{{Path: "rpc.yaml", Content: []byte(`
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: a, namespace: shop}
+spec: {owner: a@b.example, select: {systemd: {unit: a.service}}, mayCall: [s]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: s, namespace: shop}
+spec: {owner: a@b.example, select: {systemd: {unit: s.service}}, endpoints: ["192.0.2.9:1", "192.0.2.9:2"]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: rpc, namespace: shop}
+spec:
+  protect: {identity: s, ports: [1], protocol: grpc}
+  rules: [{name: read, from: [a], grpc: [t.S/Read], when: "request.headers['content-type'].startsWith('application/grpc')"}]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: both, namespace: shop}
+spec:
+  protect: {identity: s, ports: [2], protocol: auto}
+  rules: [{name: read, from: [a], grpc: [t.S/Read]}, {name: http, from: [a], http: [POST /t.S/Write]}]
+`)}}, compile.Options{})
+	if load.HasErrors(problems) {
+		t.Fatal(problems)
+	}
+	tr := begin(t, p)
+	tests, problems := tr.Tests(load.File{Path: "rpc_test.yaml", Content: []byte(`
+defaults: {from: a, to: s, port: 1, grpc: t.S/Read}
+cases:
+  - {name: read, expect: {decision: allow, rule: read}}
+  - {name: write, grpc: t.S/Write, expect: {decision: deny, reason: no_rule}}
+  - {name: no gRPC, http: POST /t.S/Read, expect: {decision: deny, reason: not_grpc, stage: protocol}}
+  - {name: read of both, port: 2, expect: {decision: allow, rule: read}}
+  - {name: write of both, port: 2, grpc: t.S/Write, expect: {decision: allow, rule: http}}
+  - {name: no gRPC of both, port: 2, http: POST /t.S/Read, expect: {decision: deny, reason: no_rule}}
+`)})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	for _, one := range tests {
+		r, err := tr.Run(t.Context(), one)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Differs != "" {
+			t.Errorf("%s: %s: %+v", one.Name, r.Differs, r.Outcome.Decision)
+		}
+	}
+	_, problems = tr.Tests(load.File{Path: "rpc_test.yaml", Content: []byte(`
+cases:
+  - {name: one, from: a, to: s, port: 1, grpc: /t.S/Read, expect: allow}
+  - {name: two, from: a, to: s, port: 1, grpc: t.S/Read, http: GET /, expect: allow}
+  - {name: three, from: a, to: s, port: 1, expect: allow}
+`)})
+	if len(problems) != 3 {
+		t.Errorf("%d problems: %v", len(problems), problems)
+	}
+}
+
 func TestFactsThatFallShort(t *testing.T) {
 	if !relation.Built {
 		t.Skip("built without the relation engine")

@@ -4,13 +4,17 @@ package http2
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"io"
 	"net"
+	"os"
 	"testing"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"golang.org/x/net/http2/hpack"
+	"golang.org/x/sys/unix"
 )
 
 // nowhere is a connection that takes everything and gives nothing.
@@ -44,7 +48,7 @@ func FuzzFrames(f *testing.F) {
 	f.Add(c, false)
 	f.Add(appendHeader(nil, maxFrame, frameContinuation, 0, 1), true)
 	f.Fuzz(func(t *testing.T, in []byte, server bool) {
-		m := newSession(nil, netloop.Stream(nowhere{}), Config{MaxStreams: 10}, server)
+		m := newSession(nil, netloop.Stream(nowhere{}), Config{MaxStreams: 10, Trailers: true}, server)
 		if !server {
 			for range 3 {
 				m.newStream(m.nextID)
@@ -63,6 +67,9 @@ func FuzzFrames(f *testing.F) {
 			if len(s.in)-s.inOff > m.cfg.MaxWindow || s.send > maxWindow {
 				t.Fatalf("stream holds %d bytes, window %d", len(s.in), s.send)
 			}
+			if len(s.heads) > maxHeads || len(s.head.Fields) > MaxFields {
+				t.Fatalf("%d lists, %d fields", len(s.heads), len(s.head.Fields))
+			}
 			held += len(s.in) - s.inOff
 			_, _ = s.Write([]byte("answer"))
 			_ = s.CloseWrite()
@@ -73,6 +80,95 @@ func FuzzFrames(f *testing.F) {
 		m.end(err)
 		if len(m.streams) != 0 {
 			t.Fatal("streams outlive their session")
+		}
+	})
+}
+
+// FuzzServe has a peer of either role send bytes to a whole session on the
+// loop, whose streams are read to their ends, and then hang up.
+func FuzzServe(f *testing.F) {
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, field := range requestList {
+		_ = enc.WriteField(field)
+	}
+	b := append([]byte(Preface), appendSettings(nil)...)
+	b = append(appendHeader(b, block.Len(), frameHeaders, flagEndHeaders, 1), block.Bytes()...)
+	b = append(appendHeader(b, 5, frameData, 0, 1), "hello"...)
+	block.Reset()
+	_ = enc.WriteField(hpack.HeaderField{Name: "x-after", Value: "1"})
+	b = append(appendHeader(b, block.Len(), frameHeaders, flagEndHeaders|flagEndStream, 1), block.Bytes()...)
+	f.Add(b, true)
+	block.Reset()
+	enc = hpack.NewEncoder(&block)
+	_ = enc.WriteField(hpack.HeaderField{Name: ":status", Value: "103"})
+	c := appendSettings(nil)
+	c = append(appendHeader(c, block.Len(), frameHeaders, flagEndHeaders, 1), block.Bytes()...)
+	block.Reset()
+	_ = enc.WriteField(hpack.HeaderField{Name: ":status", Value: "200"})
+	c = append(appendHeader(c, block.Len(), frameHeaders, flagEndHeaders, 1), block.Bytes()...)
+	c = append(appendHeader(c, 5, frameData, flagEndStream, 1), "hello"...)
+	f.Add(c, false)
+	e, err := netloop.New(netloop.Options{Loops: 1})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { e.Close() })
+	cfg := Config{Trailers: true, MaxStreams: 10}
+	f.Fuzz(func(t *testing.T, in []byte, server bool) {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		peer := os.NewFile(uintptr(fds[1]), "peer")
+		defer peer.Close()
+		done := make(chan *Session, 1)
+		e.Post(0, func(task *netloop.Task) {
+			conn, err := task.Adopt(fds[0])
+			if err != nil {
+				done <- nil
+				return
+			}
+			if server {
+				var m *Session
+				_ = Serve(task, conn, cfg, func(_ *netloop.Task, s *Stream) {
+					m = s.Session()
+					_ = s.SendHead([]Field{{Name: ":status", Value: "200"}}, false)
+					n, err := io.Copy(io.Discard, s)
+					if err == nil && s.Trailers() != nil {
+						_ = s.SendTrailers(s.Trailers().Fields)
+					}
+					_, _ = s.Write(make([]byte, n))
+				})
+				done <- m
+				return
+			}
+			m := Dial(task, conn, cfg)
+			for s, err := m.Open(task, requestList, false, time.Now().Add(time.Minute)); err == nil; {
+				if _, err = s.ReadHead(); errors.Is(err, io.ErrUnexpectedEOF) {
+					_, _ = io.ReadAll(s)
+					break
+				}
+			}
+			m.Kill(ErrClosed)
+			done <- m
+		})
+		_, _ = peer.Write(in)
+		_ = unix.Shutdown(fds[1], unix.SHUT_WR)
+		if m := <-done; m != nil {
+			checked := make(chan string, 1)
+			e.Post(0, func(*netloop.Task) {
+				if len(m.streams) != 0 || !m.over {
+					checked <- fmt.Sprintf("%d streams outlive their session", len(m.streams))
+				}
+				close(checked)
+			})
+			if fault := <-checked; fault != "" {
+				t.Fatal(fault)
+			}
+		}
+		if s := e.Stats(); s.Panics != 0 {
+			t.Fatal("a task panicked")
 		}
 	})
 }
