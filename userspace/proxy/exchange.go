@@ -428,9 +428,9 @@ func (x *exchange) idle() time.Duration {
 // An exchange that takes its time is registered.
 func (x *exchange) await(head bool) (h http2.Head, err error) {
 	for {
-		until, lasts := x.moved.Add(x.idle()), x.req.Time.Add(patience)
-		if x.handle == 0 && lasts.Before(until) {
-			until = lasts
+		until := x.moved.Add(x.idle())
+		if p := x.patience(); !p.IsZero() {
+			until = earlier(until, p)
 		}
 		_ = x.up.SetReadDeadline(until)
 		if head {
@@ -488,9 +488,46 @@ func (x *exchange) respond() error {
 				return err
 			}
 		}
-		// The application may still take the rest of the request.
-		return x.wait()
+		return x.rest()
 	}
+}
+
+// rest waits for the rest of the request, which the application may still
+// take after its response.
+func (x *exchange) rest() error {
+	for x.pumping {
+		if err := x.t.WaitUntil(&x.pumped, x.patience()); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if err := x.lasts(time.Now()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// flushed waits until at most limit bytes of the response wait for the
+// client's window.
+func (x *exchange) flushed(limit int) error {
+	for {
+		_ = x.s.SetWriteDeadline(x.patience())
+		err := x.s.Flushed(limit)
+		_ = x.s.SetWriteDeadline(time.Time{})
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if err := x.lasts(time.Now()); err != nil {
+			return err
+		}
+	}
+}
+
+// patience is when an exchange lasts, the zero time once it is registered.
+func (x *exchange) patience() time.Time {
+	if x.handle != 0 {
+		return time.Time{}
+	}
+	return x.req.Time.Add(patience)
 }
 
 func (x *exchange) respondBody() error {
@@ -512,7 +549,7 @@ func (x *exchange) respondBody() error {
 			break
 		}
 		if err == nil {
-			err = x.s.Flushed(streamLimit)
+			err = x.flushed(streamLimit)
 		}
 		if err != nil {
 			return err
@@ -533,7 +570,7 @@ func (x *exchange) respondBody() error {
 		return err
 	}
 	x.complete = true
-	return x.s.Flushed(0) // and can be ended so long
+	return x.flushed(0) // and can be ended so long
 }
 
 // broken ends an exchange that either side broke off. A client that has
@@ -642,7 +679,7 @@ func (x *exchange) deny() {
 	// The encoder keeps what it is given.
 	reason, proven, id := x.d.Reason, x.c.proven(), string(x.id[:])
 	if x.head.GRPC {
-		_ = x.s.SendHead(appendStatus(x.list[:0], reason, proven, id), true)
+		_ = x.s.SendHead(appendStatus(x.list[:0], &x.d, proven, id), true)
 		return
 	}
 	var room [problemRoom]byte
@@ -650,7 +687,7 @@ func (x *exchange) deny() {
 	status := reason.Status()
 	list := append(x.list[:0], http2.Field{Name: ":status", Value: strconv.Itoa(status)},
 		http2.Field{Name: "content-type", Value: "application/problem+json"}, http2.Field{Name: "content-length", Value: strconv.Itoa(len(body))})
-	list = appendTold(list, reason, id)
+	list = appendTold(list, &x.d, id)
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		list = append(list, http2.Field{Name: "retry-after", Value: "1"})
 	}
@@ -664,10 +701,13 @@ func (x *exchange) deny() {
 }
 
 // appendTold appends the fields that every refusal has.
-func appendTold(list []http2.Field, reason flow.Reason, id string) []http2.Field {
+func appendTold(list []http2.Field, d *flow.Decision, id string) []http2.Field {
 	list = append(list, http2.Field{Name: "cache-control", Value: "no-store"},
 		http2.Field{Name: "x-sallyport-request-id", Value: id, Sensitive: true}) // each has another
-	if challenge := challengeOf(reason, reason.Status()); challenge != "" {
+	if challenge := challengeOf(d.Reason, d.Reason.Status()); challenge != "" {
+		if d.Reason == flow.ReasonStepUp {
+			challenge += d.Challenge
+		}
 		list = append(list, http2.Field{Name: "www-authenticate", Value: "Bearer" + challenge})
 	}
 	return list

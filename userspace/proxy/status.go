@@ -16,13 +16,13 @@ const errorDomain = "sallyport.dev"
 
 // appendStatus appends the answer to a refused call of gRPC: trailers alone,
 // with the status and its details (gRPC over HTTP/2, "Responses").
-func appendStatus(list []http2.Field, reason flow.Reason, proven bool, id string) []http2.Field {
-	code := reason.GRPC()
+func appendStatus(list []http2.Field, d *flow.Decision, proven bool, id string) []http2.Field {
+	reason := d.Reason
 	list = append(list, http2.Field{Name: ":status", Value: "200"}, http2.Field{Name: "content-type", Value: "application/grpc"},
-		http2.Field{Name: "grpc-status", Value: strconv.Itoa(code)},
+		http2.Field{Name: "grpc-status", Value: strconv.Itoa(reason.GRPC())},
 		http2.Field{Name: "grpc-message", Value: percentEncode(reason.Public())},
 		http2.Field{Name: "grpc-status-details-bin", Value: base64.RawStdEncoding.EncodeToString(statusDetails(reason, proven, id)), Sensitive: true})
-	return appendTold(list, reason, id)
+	return appendTold(list, d, id)
 }
 
 // statusDetails is a google.rpc.Status with a google.rpc.ErrorInfo, whose

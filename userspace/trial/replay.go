@@ -406,6 +406,8 @@ func meetsCall(rule *compile.Rule, rec *pipeline.Record) (best meets) {
 	for _, call := range rule.Calls {
 		method, path, ok := strings.Cut(call, " ")
 		switch {
+		case !ok && rec.Path == call:
+			return yes
 		case !ok: // a gRPC method
 			best = max(best, maybe)
 			continue
