@@ -55,7 +55,7 @@ func TestWhatTwoParsersReadDifferently(t *testing.T) {
 		{"a huge head", "GET /files/hello HTTP/1.1\r\n" + host + strings.Repeat("X-Filler: "+strings.Repeat("a", 1000)+"\r\n", 300) + "\r\n", "4"},
 		{"a thousand fields", "GET /files/hello HTTP/1.1\r\n" + host + strings.Repeat("A: b\r\n", 1000) + "\r\n", "4"},
 		{"no HTTP at all", "\x16\x03\x01nothing that HTTP begins with\r\n\r\n", ""},
-		{"HTTP/2 without being asked", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ""},
+		{"HTTP/1.1 after the preface of HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + good, ""},
 	}
 	for _, who := range []struct {
 		name, cgroup string
