@@ -3,8 +3,11 @@
 package proxy
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/tls"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,7 +18,11 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 const (
@@ -313,4 +320,133 @@ func BenchmarkTerminate(b *testing.B) {
 		}
 	}()
 	b.Run("handshakes/direct", handshakes(ln.Addr().String()))
+}
+
+// BenchmarkExchange sends one request of HTTP/2 after the other over one
+// connection, a call of gRPC in frames that are made beforehand: client and
+// application are plain sockets in this process.
+func BenchmarkExchange(b *testing.B) {
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	frames := func(id uint32, list ...hpack.HeaderField) []byte {
+		block.Reset()
+		for _, f := range list {
+			_ = enc.WriteField(f)
+		}
+		var out bytes.Buffer
+		_ = http2.NewFramer(&out, nil).WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: true})
+		return out.Bytes()
+	}
+	hello := func(c net.Conn, first string) {
+		_, _ = io.WriteString(c, first)
+		_ = http2.NewFramer(c, c).WriteSettings()
+	}
+	// each answers to the frames of headers of its peer.
+	each := func(c net.Conn, f func(id uint32)) error {
+		fr := http2.NewFramer(io.Discard, bufio.NewReader(c))
+		fr.SetReuseFrames()
+		for {
+			frame, err := fr.ReadFrame()
+			if err != nil {
+				return err
+			}
+			if h := frame.Header(); h.Type == http2.FrameHeaders {
+				f(h.StreamID)
+			}
+		}
+	}
+	n := oneNode(b, nodeOptions{})
+	n.raw(func(c *net.TCPConn) {
+		_ = c.SetDeadline(time.Time{})
+		hello(c, "")
+		_, _ = io.ReadFull(c, make([]byte, len(http2.ClientPreface)))
+		answer := frames(1, hpack.HeaderField{Name: ":status", Value: "200", Sensitive: true}, hpack.HeaderField{Name: "content-type", Value: "application/grpc", Sensitive: true},
+			hpack.HeaderField{Name: "grpc-status", Value: "0", Sensitive: true})
+		_ = each(c, func(id uint32) {
+			binary.BigEndian.PutUint32(answer[5:], id)
+			_, _ = c.Write(answer)
+		})
+	}, 84)
+	c, err := net.Dial("tcp4", n.out(clientNumber, serverPort(84)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	hello(c, http2.ClientPreface)
+	var request []byte
+	sensitive := func(name, value string) hpack.HeaderField {
+		return hpack.HeaderField{Name: name, Value: value, Sensitive: true}
+	}
+	request = frames(1, sensitive(":method", "POST"), sensitive(":scheme", "http"), sensitive(":path", "/t.Echo/Unary"), sensitive(":authority", "echo.example"),
+		sensitive("content-type", "application/grpc"), sensitive("te", "trailers"), sensitive("user-agent", "bench"))
+	request = bytes.Clone(request)
+	answered := make(chan struct{}, 1)
+	go func() { _ = each(c, func(uint32) { answered <- struct{}{} }) }()
+	id := uint32(1)
+	b.ReportAllocs()
+	for b.Loop() {
+		binary.BigEndian.PutUint32(request[5:], id)
+		if _, err := c.Write(request); err != nil {
+			b.Fatal(err)
+		}
+		<-answered
+		id += 2
+	}
+}
+
+// BenchmarkRPC has a client of gRPC call a server, one call after the other
+// and 64 at once, and take a stream of 64 MiB.
+func BenchmarkRPC(b *testing.B) {
+	run := func(b *testing.B, addr string) {
+		conn := rpcClient(b, addr, nil)
+		call := func(b *testing.B) {
+			if _, err := call1(b.Context(), conn, "/t.Echo/Unary", "hello"); err != nil {
+				b.Fatal(err)
+			}
+		}
+		b.Run("one", func(b *testing.B) {
+			for b.Loop() {
+				call(b)
+			}
+		})
+		b.Run("64", func(b *testing.B) {
+			b.SetParallelism(64 / runtime.GOMAXPROCS(0))
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					call(b)
+				}
+			})
+		})
+		b.Run("bulk", func(b *testing.B) {
+			b.SetBytes(64 << 20)
+			for b.Loop() {
+				s, err := conn.NewStream(b.Context(), &grpc.StreamDesc{ServerStreams: true}, "/t.Echo/Count")
+				if err != nil {
+					b.Fatal(err)
+				}
+				err = errors.Join(s.SendMsg(wrapperspb.String("64 1048576")), s.CloseSend())
+				for err == nil {
+					err = s.RecvMsg(new(wrapperspb.BytesValue))
+				}
+				if !errors.Is(err, io.EOF) {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+	b.Run("same node", func(b *testing.B) {
+		n := oneNode(b, nodeOptions{})
+		n.rpc(84)
+		run(b, n.out(clientNumber, serverPort(84)))
+	})
+	b.Run("tunnel", func(b *testing.B) {
+		a, s := twoNodes(b, nodeOptions{})
+		s.rpc(84)
+		run(b, a.out(clientNumber, serverPort(84)))
+	})
+	b.Run("direct", func(b *testing.B) {
+		n := oneNode(b, nodeOptions{})
+		n.rpc(84)
+		run(b, n.apps[serverPort(84)])
+	})
 }

@@ -32,6 +32,8 @@ type exchange struct {
 	up     *http2.Stream // with the application, once the request is allowed
 	serial uint64        // of its use
 
+	onClient, onApp func() // clientEnded and appEnded
+
 	src, target *compile.Identity
 	api         *compile.API
 	generation  uint64
@@ -66,6 +68,7 @@ func (c *call) newExchange(t *netloop.Task, s *http2.Stream) *exchange {
 		c.l.spare = c.l.spare[:n-1]
 	} else {
 		x = &exchange{}
+		x.onClient, x.onApp = x.clientEnded, x.appEnded
 	}
 	c.resolve()
 	x.c, x.t, x.s = c, t, s
@@ -94,7 +97,7 @@ func (x *exchange) finish() {
 	l := x.c.l
 	clear(x.d.Steps[:cap(x.d.Steps)])
 	clear(x.list[:cap(x.list)])
-	fresh := exchange{serial: x.serial + 1, list: x.list[:0]}
+	fresh := exchange{serial: x.serial + 1, onClient: x.onClient, onApp: x.onApp, list: x.list[:0]}
 	fresh.head.Fields, fresh.d.Steps = forget(x.head.Fields), x.d.Steps[:0]
 	*x = fresh
 	if len(l.spare) < spareExchanges {
@@ -283,7 +286,7 @@ func (x *exchange) forward() error {
 	if x.s.Over() {
 		return errNoClient
 	}
-	x.s.Ended = x.clientEnded
+	x.s.Ended = x.onClient
 	app, err := x.c.application(x.t)
 	if err != nil {
 		return err
@@ -302,7 +305,7 @@ func (x *exchange) forward() error {
 	if x.up, err = app.Open(x.t, x.fields(), end, deadline); err != nil {
 		return err
 	}
-	x.up.Ended = x.appEnded
+	x.up.Ended = x.onApp
 	if !end {
 		x.pumping = true
 		x.t.Go(x.pump)

@@ -5,6 +5,7 @@ package http2
 import (
 	"bytes"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
@@ -110,7 +111,7 @@ func (m *Session) takeContinuation(h header, p []byte) error {
 // becomes of the stream, since it moves the compression state.
 func (m *Session) headerBlock() error {
 	m.inBlock = false
-	m.list, m.size = Head{End: m.headerOf.flags&flagEndStream != 0}, 0
+	m.list, m.size = Head{Fields: m.list.Fields[:0], End: m.headerOf.flags&flagEndStream != 0}, 0
 	if _, err := m.dec.Write(m.headers); err != nil {
 		return fault(CodeCompression, "a header block that cannot be decoded")
 	}
@@ -121,7 +122,8 @@ func (m *Session) headerBlock() error {
 		m.headers = nil
 	}
 	list := m.list
-	m.list = Head{}
+	list.Fields = slices.Clone(m.list.Fields)
+	clear(m.list.Fields)
 	switch s := m.streams[m.headerOf.stream]; {
 	case s != nil && s.rerr != nil:
 		s.reset(CodeStreamClosed, &ResetError{CodeStreamClosed})
