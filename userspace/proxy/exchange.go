@@ -322,7 +322,7 @@ func (x *exchange) fields() []http2.Field {
 		switch {
 		case f.Name == ":authority":
 			authority = ""
-		case authority != "" && f.Name[0] != ':':
+		case authority != "" && !strings.HasPrefix(f.Name, ":"):
 			x.list = append(x.list, http2.Field{Name: ":authority", Value: authority})
 			authority = ""
 		}
@@ -463,8 +463,11 @@ func (x *exchange) lasts(now time.Time) error {
 
 // respond relays the response.
 func (x *exchange) respond() error {
-	for {
+	for interim := 0; ; interim++ {
 		h, err := x.await(true)
+		if err == nil && interim > maxInterim {
+			err = errInterim
+		}
 		if err != nil {
 			return err
 		}

@@ -60,7 +60,7 @@ func (c *call) serveHTTP2() {
 		_, value, _ := strings.Cut(string(c.add), ": ")
 		c.h2.cert = strings.TrimSuffix(value, "\r\n")
 	}
-	c.streams(func(x *exchange) { x.serve() })
+	c.streams(c.settings(), func(x *exchange) { x.serve() })
 	if c.h2.app != nil {
 		c.h2.app.Drain()
 	}
@@ -70,8 +70,9 @@ func (c *call) serveHTTP2() {
 // a client that speaks HTTP/2.
 func (c *call) refuseStreams() {
 	c.resolve()
-	d := c.d
-	c.streams(func(x *exchange) {
+	d, cfg := c.d, c.settings()
+	cfg.Idle = c.p.opt.HeadTimeout
+	c.streams(cfg, func(x *exchange) {
 		_ = x.head.Parse(x.s.Head())
 		x.begin()
 		x.d = flow.Decision{Effect: d.Effect, Enforced: d.Enforced, Stage: d.Stage, Reason: d.Reason}
@@ -81,13 +82,13 @@ func (c *call) refuseStreams() {
 }
 
 // streams runs f for each request of the connection until it has ended.
-func (c *call) streams(f func(*exchange)) {
+func (c *call) streams(cfg http2.Config, f func(*exchange)) {
 	client := c.client
 	if c.w > c.r {
 		client = &peeked{c.client, bytes.Clone(c.buf[c.r:c.w])}
 	}
 	c.putBuffer()
-	err := http2.Serve(c.t, client, c.settings(), func(t *netloop.Task, s *http2.Stream) {
+	err := http2.Serve(c.t, client, cfg, func(t *netloop.Task, s *http2.Stream) {
 		c.h2.session = s.Session()
 		c.h2.exchanges++
 		x := c.newExchange(t, s)
@@ -135,9 +136,9 @@ func (c *call) application(t *netloop.Task) (*http2.Session, error) {
 		conn.Abort()
 		return nil, errNoClient
 	}
-	// What the application says of its connection is said to the client: it
-	// makes another one, which leads to another one of ours.
+	// That the application ends its connection is said to the client, which
+	// makes another one, as it would without us; what is under way goes on.
 	h.app = http2.Dial(t, conn, http2.Config{MaxHeaderList: http1.MaxHead, Trailers: true, Idle: 2 * c.p.opt.IdleTimeout,
-		Handshake: c.p.opt.ConnectTimeout, Stall: c.p.opt.ResponseTimeout, DrainTimeout: c.p.opt.DrainTimeout, Ping: appPing, OnDrain: h.session.Drain})
+		Handshake: c.p.opt.ConnectTimeout, Stall: c.p.opt.ResponseTimeout, DrainTimeout: c.p.opt.RelayIdle, Ping: appPing, OnDrain: h.session.Retire})
 	return h.app, nil
 }

@@ -36,6 +36,14 @@ func (p *peeked) Read(b []byte) (int, error) {
 // NetConn is the connection beneath, for netloop.Flushed.
 func (p *peeked) NetConn() net.Conn { return p.Stream }
 
+// AwaitRead is that of the connection beneath, once nothing is ahead.
+func (p *peeked) AwaitRead() error {
+	if s, ok := p.Stream.(interface{ AwaitRead() error }); ok && len(p.ahead) == 0 {
+		return s.AwaitRead()
+	}
+	return nil
+}
+
 // guarded is a connection whose first bytes should be no ClientHello.
 type guarded struct {
 	netloop.Stream

@@ -231,12 +231,14 @@ func (m *Session) drained() {
 	}
 }
 
-// Retire lets no more streams be opened here and ends the session when the
-// last one has ended, whenever that is.
+// Retire is Drain without a limit of time for the streams that are open.
 func (m *Session) Retire() {
 	if !m.draining && !m.over {
-		m.draining, m.retired = true, true
-		m.drained()
+		m.beginDrain(time.Now())
+		m.retired = true
+		if m.server {
+			m.out = appendGoAway(m.out, maxWindow, CodeNone)
+		}
 		m.wakeAll()
 	}
 }
@@ -264,6 +266,8 @@ const (
 	smallBuffer = 4 << 10
 	largeBuffer = 64 << 10
 	keptLarge   = 4 // of those over largeBuffer
+	// trimAfter is how long a session without streams keeps any.
+	trimAfter = 5 * time.Second
 )
 
 func (m *Session) lend() []byte {
@@ -292,13 +296,23 @@ func (m *Session) giveBack(b []byte) {
 // read takes frames until the connection ends.
 func (m *Session) read(t *netloop.Task) error {
 	buf := t.Buffer()
-	defer t.Release(buf)
+	defer func() { t.Release(buf) }()
 	_ = m.c.SetReadDeadline(time.Now().Add(m.cfg.Handshake))
+	awaits, _ := m.c.(interface{ AwaitRead() error })
 	w := 0
 	greeted := !m.server
 	for {
-		n, err := m.c.Read(buf[w:])
-		w += n
+		var n int
+		var err error
+		if w == 0 && awaits != nil { // a quiet connection holds no buffer
+			t.Release(buf)
+			err = awaits.AwaitRead()
+			buf = t.Buffer()
+		}
+		if err == nil {
+			n, err = m.c.Read(buf[w:])
+			w += n
+		}
 		if n > 0 {
 			m.heard, m.pinged = time.Now(), time.Time{}
 		}
@@ -440,6 +454,9 @@ func (m *Session) remove(s *Stream, cause error) {
 		s.werr = ErrClosed
 	}
 	delete(m.streams, s.id)
+	if s.orderly {
+		m.earlyResets.give(1) // who lets most requests come to an end may take others back
+	}
 	if len(m.streams) == 0 {
 		m.active = time.Now()
 	}
@@ -602,7 +619,7 @@ func (m *Session) tick() time.Duration {
 	if !m.cfg.NotAfter.IsZero() && (!m.draining || m.retired) {
 		d = min(d, max(time.Until(m.cfg.NotAfter), 0))
 	}
-	if m.draining && !m.retired {
+	if m.draining && (!m.retired || len(m.streams) == 0) {
 		d = min(d, 250*time.Millisecond)
 	}
 	return d
@@ -616,6 +633,12 @@ func (m *Session) sweep() {
 	now := time.Now()
 	if !m.cfg.NotAfter.IsZero() && !now.Before(m.cfg.NotAfter) || m.cfg.Ending != nil && !m.draining && m.cfg.Ending() {
 		m.Drain()
+	}
+	if len(m.streams) == 0 && now.Sub(m.active) >= trimAfter {
+		m.buffers, m.large, m.spare = nil, nil, nil
+		if len(m.out) == 0 {
+			m.out = nil
+		}
 	}
 	for _, s := range m.waitingClosed() {
 		if now.Sub(s.progress) >= m.cfg.Stall {
