@@ -152,9 +152,9 @@ func rpcClient(t testing.TB, addr string, creds credentials.TransportCredentials
 	if creds == nil {
 		creds = insecure.NewCredentials()
 	}
-	more = append(more, grpc.WithTransportCredentials(creds), grpc.WithAuthority("echo.example"), grpc.WithNoProxy(), grpc.WithDisableServiceConfig(),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(32<<20)))
-	conn, err := grpc.NewClient("passthrough:///"+addr, more...)
+	options := append([]grpc.DialOption{grpc.WithTransportCredentials(creds), grpc.WithAuthority("echo.example"), grpc.WithNoProxy(),
+		grpc.WithDisableServiceConfig(), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(32 << 20))}, more...)
+	conn, err := grpc.NewClient("passthrough:///"+addr, options...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -473,4 +473,64 @@ func TestGRPCRevocation(t *testing.T) {
 		}
 		<-e.ended
 	})
+}
+
+// TestGRPCRotation has leaves that live two seconds under calls of one client;
+// none may be lost, and a stream may outlive the leaf that it began under.
+func TestGRPCRotation(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes five seconds")
+	}
+	for _, goroutines := range []bool{false, true} {
+		t.Run(fmt.Sprintf("goroutines=%v", goroutines), func(t *testing.T) {
+			t.Parallel()
+			a, b := twoNodes(t, nodeOptions{goroutines: goroutines, ttl: 2 * time.Second})
+			b.rpc(84)
+			conn := rpcClient(t, a.out(clientNumber, serverPort(84)), nil)
+			chat, err := conn.NewStream(within(t), bidi, "/t.Echo/Chat")
+			if err != nil {
+				t.Fatal(err)
+			}
+			serials := map[string]bool{}
+			calls := 0
+			for end := time.Now().Add(5 * time.Second); time.Now().Before(end); calls++ {
+				var header metadata.MD
+				if got, err := call1(within(t), conn, "/t.Echo/Unary", "hello", grpc.Header(&header)); err != nil || got != "hello" {
+					t.Fatalf("call %d: %q %v", calls, got, err)
+				}
+				serials[header.Get("x-cert")[0]] = true
+				m := wrapperspb.Bytes([]byte("x"))
+				if err := errors.Join(chat.SendMsg(m), chat.RecvMsg(m)); err != nil {
+					t.Fatalf("the stream, at call %d: %v", calls, err)
+				}
+			}
+			if len(serials) < 3 {
+				t.Errorf("%d certificates in %d calls: nothing rotated", len(serials), calls)
+			}
+		})
+	}
+}
+
+// TestGRPCOverTLS has the proxy end the TLS of callers that speak HTTP/2 by
+// ALPN.
+func TestGRPCOverTLS(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		for _, n := range []*node{in, app} {
+			n.proxy.SetPlan(terminating(t), 2)
+		}
+		pair := newAppKeyPair(t, ecKey(t), "app.example")
+		app.shows(pair)
+		app.rpc(80)
+		conn := rpcClient(t, in.out(clientNumber, serverPort(80)), credentials.NewTLS(&tls.Config{RootCAs: pair.pool, ServerName: "app.example"}),
+			grpc.WithAuthority("app.example"))
+		if got, err := call1(within(t), conn, "/t.Echo/Unary", "hello"); err != nil || got != "hello" {
+			t.Errorf("%q, %v", got, err)
+		}
+	})
+}
+
+func TestPercentEncode(t *testing.T) {
+	if got := percentEncode("50% \u00e9\n~ok"); got != "50%25 %C3%A9%0A~ok" {
+		t.Errorf("got %q", got)
+	}
 }
