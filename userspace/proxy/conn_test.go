@@ -743,7 +743,7 @@ func TestNginxAndCurl(t *testing.T) {
 }
 
 // startNginx runs nginx as an application and returns where.
-func startNginx(t testing.TB, large []byte) string {
+func startNginx(t testing.TB, large []byte, listen ...string) string {
 	t.Helper()
 	testenv.Program(t, "nginx")
 	dir := t.TempDir()
@@ -759,7 +759,7 @@ http {
   access_log off; client_body_temp_path DIR/body; proxy_temp_path DIR/proxy; fastcgi_temp_path DIR/f; uwsgi_temp_path DIR/u; scgi_temp_path DIR/s;
   keepalive_requests 1000000000;
   server {
-    listen 127.0.0.1:PORT; root DIR; client_max_body_size 20m;
+    listen 127.0.0.1:PORT LISTEN; root DIR; client_max_body_size 20m;
     location /text { return 200 "from nginx for $http_x_forwarded_client_cert"; }
     location /post { return 200 "posted"; }
   }
@@ -772,7 +772,7 @@ http {
 	_, port, _ := net.SplitHostPort(addr)
 	free.Close()
 	path := filepath.Join(dir, "nginx.conf")
-	if err := os.WriteFile(path, []byte(strings.NewReplacer("DIR", dir, "PORT", port).Replace(config)), 0o644); err != nil {
+	if err := os.WriteFile(path, []byte(strings.NewReplacer("DIR", dir, "PORT", port, "LISTEN", strings.Join(listen, " ")).Replace(config)), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("nginx", "-p", dir, "-c", path)

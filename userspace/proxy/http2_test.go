@@ -11,11 +11,13 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/testenv"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
@@ -659,6 +661,44 @@ func TestPieces(t *testing.T) {
 			if a := f.answer(1); a.status != "200" {
 				t.Errorf("port %d: %+v", port, a)
 			}
+		}
+	})
+}
+
+// TestNginxAndCurl2 has implementations that are not Go's speak to each other.
+func TestNginxAndCurl2(t *testing.T) {
+	testenv.Program(t, "curl")
+	large := make([]byte, 5<<20)
+	for i := range large {
+		large[i] = byte(rand.Uint32())
+	}
+	addr := startNginx(t, large, "http2")
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		app.at(addr, 80)
+		base := "http://" + in.out(clientNumber, serverPort(80))
+		curl := func(args ...string) []byte {
+			t.Helper()
+			out, err := exec.Command("curl", append([]string{"-sS", "--max-time", "20", "--http2-prior-knowledge"}, args...)...).CombinedOutput()
+			if err != nil {
+				t.Fatalf("curl %v: %v %s", args, err, out)
+			}
+			return out
+		}
+		// One URL at a time: curl 7.88 fails to use such a connection again.
+		if out := curl(base + "/text"); !bytes.Contains(out, []byte("from nginx for By="+serverID)) {
+			t.Errorf("got %q", out)
+		}
+		if out := curl(base+"/large", "-o", "-"); !bytes.Equal(out, large) {
+			t.Errorf("got %d bytes", len(out))
+		}
+		if out := curl("-I", base+"/large"); !bytes.Contains(out, []byte("content-length: 5242880")) {
+			t.Errorf("HEAD: got %q", out)
+		}
+		if out := curl("-w", "%{http_code} %{http_version}", base+"/debug/x"); !bytes.HasSuffix(out, []byte("403 2")) || !bytes.Contains(out, []byte(flow.ReasonDenyRule)) {
+			t.Errorf("denied: got %q", out)
+		}
+		if out := curl("--path-as-is", "-w", "%{http_code}", base+"/text/../large"); !bytes.HasSuffix(out, []byte("400")) {
+			t.Errorf("dot segment: got %q", out)
 		}
 	})
 }
