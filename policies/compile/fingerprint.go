@@ -51,18 +51,23 @@ func (a *API) sum(spec v1alpha1.APIPolicySpec, callers []*Identity, identity fun
 		a.Posture.fingerprint(e)
 	}
 	for _, r := range a.Rules {
-		if r.Posture != nil {
-			r.Posture.fingerprint(e)
-		}
-		if r.Token != nil {
-			r.Token.Issuer.fingerprint(e)
-		}
-		if r.Relation != nil {
-			write(e, r.Relation.Model.FullName(), r.Relation.Model.Text)
-		}
+		r.named(e)
 	}
 	h.Sum(sum[:0])
 	return sum
+}
+
+// named writes what a rule names: profile, issuer and model.
+func (r *Rule) named(e *json.Encoder) {
+	if r.Posture != nil {
+		r.Posture.fingerprint(e)
+	}
+	if r.Token != nil {
+		r.Token.Issuer.fingerprint(e)
+	}
+	if r.Relation != nil {
+		write(e, r.Relation.Model.FullName(), r.Relation.Model.Text)
+	}
 }
 
 func (i *Issuer) fingerprint(e *json.Encoder) {

@@ -43,15 +43,7 @@ func (r *Rule) Fingerprint() (sum [sha256.Size]byte) {
 	h := sha256.New()
 	e := json.NewEncoder(h)
 	write(e, r.Deny, r.Hosts, r.Requires())
-	if r.Posture != nil {
-		r.Posture.fingerprint(e)
-	}
-	if r.Token != nil {
-		r.Token.Issuer.fingerprint(e)
-	}
-	if r.Relation != nil {
-		write(e, r.Relation.Model.FullName(), r.Relation.Model.Text)
-	}
+	r.named(e)
 	h.Sum(sum[:0])
 	return sum
 }
