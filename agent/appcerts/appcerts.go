@@ -75,7 +75,11 @@ func (s *Store) Set(list []Source) {
 	for _, src := range list {
 		e := s.entries[src.API]
 		if e == nil || e.Source != src {
-			e = &entry{Source: src}
+			next := &entry{Source: src}
+			if e != nil {
+				next.pair = e.pair // until the new files have been good once
+			}
+			e = next
 			e.read(s.now())
 		}
 		entries[src.API] = e
@@ -95,7 +99,7 @@ func (s *Store) Reread() {
 
 func (e *entry) read(now time.Time) {
 	pair, err := load(e.Source, now)
-	if pair != nil {
+	if pair != nil && (err == nil || e.pair == nil) { // nothing good gives way to what callers would not take
 		e.pair = pair
 	}
 	e.err = err

@@ -146,6 +146,13 @@ func TestReread(t *testing.T) {
 	if got := s.Certificates()[0]; bytes.Equal(got.Chain[0], first) || s.Problem() != nil {
 		t.Errorf("a new pair: %+v, %v", got, s.Problem())
 	}
+	good := s.Certificates()[0].Chain[0]
+	write(t, dir, keyOf(t, "P-256"), func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Minute) })
+	s.Reread()
+	s.Set([]Source{{src.API, src.Certificate, filepath.Join(dir, "elsewhere.pem")}})
+	if got := s.Certificates()[0]; !bytes.Equal(got.Chain[0], good) || s.Problem() == nil {
+		t.Errorf("one that has ended, and a path that leads nowhere, in place of a good one: %+v, %v", got, s.Problem())
+	}
 	s.Set(nil)
 	if len(s.Certificates()) != 0 || s.Problem() != nil {
 		t.Error("what no policy names is still there")

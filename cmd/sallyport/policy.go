@@ -78,7 +78,7 @@ func newValidate() *cobra.Command {
 			}
 		} else {
 			for _, p := range problems {
-				fmt.Fprintln(c.OutOrStdout(), p)
+				fmt.Fprintln(c.OutOrStdout(), plain(p.String()))
 			}
 		}
 		if plan == nil || load.HasErrors(problems) {
@@ -129,6 +129,9 @@ func readPolicies(stdin io.Reader, args []string) (files []load.File, problems [
 			return nil, nil, fmt.Errorf("read policies: %w", err)
 		}
 		if !info.IsDir() {
+			if !info.Mode().IsRegular() {
+				return nil, nil, fmt.Errorf("read policies: %s is not a regular file", a)
+			}
 			content, err := os.ReadFile(a)
 			if err != nil {
 				return nil, nil, fmt.Errorf("read policies: %w", err)

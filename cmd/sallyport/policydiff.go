@@ -76,6 +76,8 @@ type replayReport struct {
 	Other int `json:"other"`
 	// Left counts the calls that were not grouped: there were too many kinds.
 	Left int `json:"left,omitempty"`
+
+	changed int // calls that would end otherwise, grouped or not
 }
 
 type replayGroup struct {
@@ -95,6 +97,10 @@ type replayGroup struct {
 
 func (d *differ) run(c *cobra.Command, dir string) (differs bool, err error) {
 	ctx, w, errOut := c.Context(), c.OutOrStdout(), c.ErrOrStderr()
+	ceiling, ok := flow.ParseMode(d.ceiling)
+	if d.ceiling != "" && !ok {
+		return false, fmt.Errorf("--mode-ceiling: %q is not one of observe, audit, enforce", d.ceiling)
+	}
 	old, err := d.set.read(ctx, *d.socket, d.against)
 	if err != nil {
 		return false, err
@@ -122,18 +128,14 @@ func (d *differ) run(c *cobra.Command, dir string) (differs bool, err error) {
 	}
 	differs = len(report.Documents) > 0
 	if d.replay != "" {
-		ceiling := new.ceiling
-		if d.ceiling != "" {
-			var ok bool
-			if ceiling, ok = flow.ParseMode(d.ceiling); !ok {
-				return false, fmt.Errorf("--mode-ceiling: %q is not one of observe, audit, enforce", d.ceiling)
-			}
+		if d.ceiling == "" {
+			ceiling = new.ceiling
 		}
 		report.Replay, err = d.judge(ctx, c.InOrStdin(), trial.NewReplay(oldPlan, newPlan, ceiling, time.Now()))
 		if err != nil {
 			return false, err
 		}
-		differs = len(report.Replay.Changed) > 0
+		differs = report.Replay.changed > 0
 	}
 	if d.out.json {
 		return differs, writeJSON(w, report)
@@ -166,6 +168,9 @@ func (d *differ) judge(ctx context.Context, stdin io.Reader, r *trial.Replay) (*
 		case out.After == out.Before:
 			report.Same++
 		default:
+			if out.Changed() {
+				report.changed++
+			}
 			key := trial.KeyOf(rec, &out)
 			if _, known := groups[key]; !known && len(groups) == maxGroups {
 				report.Left++

@@ -120,7 +120,7 @@ func (s *policySet) build(w io.Writer) (*compile.Plan, error) {
 	}
 	for _, p := range problems {
 		if p.Severity == load.Error {
-			fmt.Fprintln(w, p)
+			fmt.Fprintln(w, plain(p.String()))
 		}
 	}
 	return nil, errSilent

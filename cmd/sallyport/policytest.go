@@ -105,7 +105,7 @@ func (r *testRun) argument(ctx context.Context, arg string) error {
 		tests = slices.DeleteFunc(tests, func(f load.File) bool { return f.Path != one })
 	}
 	for _, p := range placed(dir, problems) {
-		fmt.Fprintln(r.faults, p)
+		fmt.Fprintln(r.faults, plain(p.String()))
 	}
 	if len(problems) > 0 {
 		return errSilent
@@ -135,7 +135,7 @@ func (r *testRun) folder(ctx context.Context, plan *compile.Plan, files []load.F
 	for _, f := range files {
 		found, problems := t.Tests(f)
 		for _, p := range problems {
-			fmt.Fprintln(r.faults, p)
+			fmt.Fprintln(r.faults, plain(p.String()))
 		}
 		bad = bad || load.HasErrors(problems)
 		tests = append(tests, found...)

@@ -122,6 +122,11 @@ func (v *variables) ResolveName(name string) (any, bool) {
 }
 
 func (v *variables) request(field string) (any, bool) {
+	if v.Request.Method == "" && (field != "host" || v.Request.Host == "") {
+		// An opaque connection has no request: what one would be is not
+		// known, so that a deny rule that asks for it denies.
+		return nil, false
+	}
 	switch field {
 	case "method":
 		return v.Request.Method, true

@@ -190,3 +190,32 @@ func TestValidRelationValue(t *testing.T) {
 		}
 	}
 }
+
+// TestConditionWithoutRequest holds that what is asked of a request cannot be
+// told of an opaque connection: waiting until a port of protocol: auto takes a
+// connection for opaque evades no deny rule.
+func TestConditionWithoutRequest(t *testing.T) {
+	for text, want := range map[string]bool{
+		"request.path.startsWith('/admin')":                 false,
+		"request.method == ''":                              false,
+		"request.content_length < 10":                       false,
+		"'X-Debug' in request.headers":                      false,
+		"request.host == 'a.example'":                       false,
+		"source.name == '' || request.path == '/x'":         true,
+		"request.path == '/x' || source.name == ''":         true,
+		"source.name == 'somebody' && request.path == '/x'": true,
+		"time > timestamp('2020-01-01T00:00:00Z')":          true,
+	} {
+		c, errs := compileCondition(text)
+		if len(errs) > 0 {
+			t.Fatalf("%s: %v", text, errs)
+		}
+		if _, err := c.Eval(&Activation{Request: &flow.Request{}, Time: time.Now()}); (err == nil) != want {
+			t.Errorf("%s: %v, told %t", text, err, want)
+		}
+	}
+	c, _ := compileCondition("request.host == 'a.example'")
+	if got, err := c.Eval(&Activation{Request: &flow.Request{Host: "a.example"}}); err != nil || !got {
+		t.Errorf("of an SNI: %t, %v", got, err)
+	}
+}

@@ -74,6 +74,7 @@ func (c *compiler) claims(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
 	spec := d.Value.Spec.Claims
 	if len(spec) > maxClaims {
 		c.report.Errorf(d.Key("spec", "claims"), "claims: at most %d, these are %d", maxClaims, len(spec))
+		return
 	}
 	if _, ok := d.Lookup("spec", "claims"); ok && len(spec) == 0 && d.Empty("spec", "claims") {
 		c.report.Errorf(d.Key("spec", "claims"), "claims: without any says nothing; leave the field out or fill it")

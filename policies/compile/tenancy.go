@@ -122,6 +122,22 @@ func (c *compiler) tenantPolicy(t *Tenancy, d *policyDoc) {
 	if namespace, _, ok := strings.Cut(d.Value.Spec.Protect.Identity, "/"); ok && namespace != t.Namespace {
 		c.report.Errorf(d.At("spec", "protect", "identity"), "identity: %q is of another namespace; a tenant protects its own", d.Value.Spec.Protect.Identity)
 	}
+	elsewhere := func(field, ref string, at ...any) {
+		if namespace, _, ok := strings.Cut(ref, "/"); ok && namespace != t.Namespace {
+			c.report.Errorf(d.At(at...), "%s: %q is of another namespace; a tenant uses its own", field, ref)
+		}
+	}
+	elsewhere("posture", d.Value.Spec.Posture, "spec", "posture")
+	for i := range d.Value.Spec.Rules {
+		r := &d.Value.Spec.Rules[i]
+		elsewhere("posture", r.Posture, "spec", "rules", i, "posture")
+		if r.Token != nil {
+			elsewhere("issuer", r.Token.Issuer, "spec", "rules", i, "token", "issuer")
+		}
+		if r.Relation != nil {
+			elsewhere("model", r.Relation.Model, "spec", "rules", i, "relation", "model")
+		}
+	}
 	for _, f := range [...]string{"certificate", "key", "ca"} {
 		c.tenantMayNot(&d.Document, f+": a tenant has no files on the node; leave it out", "spec", "protect", "app", f)
 	}

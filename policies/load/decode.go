@@ -109,9 +109,11 @@ func (d *decoder) keys(n *yaml.Node) map[string]*yaml.Node {
 }
 
 func (d *decoder) unknown(k *yaml.Node, fields []schema.Field) {
-	names := make([]string, len(fields))
+	var names []string
 	for i := range fields {
-		names[i] = fields[i].Name
+		if !schema.Refused(fields[i].Owner, fields[i].Name) {
+			names = append(names, fields[i].Name)
+		}
 	}
 	d.errorf(k, "unknown field %q%s", shown(k.Value), d.report.Suggest(k.Value, names))
 }
@@ -181,6 +183,10 @@ func (d *decoder) list(n *yaml.Node, v reflect.Value, key *yaml.Node, f *schema.
 func (d *decoder) dictionary(n *yaml.Node, v reflect.Value, f *schema.Field) {
 	if n.Kind != yaml.MappingNode {
 		d.errorf(n, "%s: want fields, got %s", f.Name, describe(n))
+		return
+	}
+	if len(n.Content)/2 > schema.MaxMap {
+		d.errorf(n, "%s: may have %d entries, this one has %d", f.Name, schema.MaxMap, len(n.Content)/2)
 		return
 	}
 	seen := d.keys(n)
@@ -310,7 +316,17 @@ func (d *decoder) oneof(n *yaml.Node, f *schema.Field) {
 	if len(f.Words) == 0 || slices.Contains(f.Words, n.Value) {
 		return
 	}
-	d.errorf(n, "%s: %q is not one of %s", f.Name, shown(n.Value), strings.Join(f.Words, ", "))
+	d.errorf(n, "%s: %q is not one of %s", f.Name, shown(n.Value), strings.Join(accepted(f), ", "))
+}
+
+// accepted are the words that this version takes.
+func accepted(f *schema.Field) (words []string) {
+	for _, w := range f.Words {
+		if !schema.RefusedWord(f.Owner, f.Name, w) {
+			words = append(words, w)
+		}
+	}
+	return words
 }
 
 func lookup(fields []schema.Field, name string) *schema.Field {

@@ -17,8 +17,11 @@ const (
 	NamespacePattern = `^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`
 )
 
-// MaxList is how many entries a list may have.
-const MaxList = 10_000
+// MaxList is how many entries a list may have, MaxMap a map.
+const (
+	MaxList = 10_000
+	MaxMap  = 1_000
+)
 
 // ID is the published JSON Schema's own address.
 const ID = "https://github.com/sallyport-dev/sallyport/blob/main/policies/schema/sallyport.schema.json"
@@ -134,7 +137,7 @@ func (g *generator) of(t reflect.Type, f Field) node {
 	case reflect.Slice:
 		return list(g.of(t.Elem(), f))
 	case reflect.Map:
-		return node{"type": "object", "additionalProperties": g.of(t.Elem(), Field{})}
+		return node{"type": "object", "additionalProperties": g.of(t.Elem(), Field{}), "maxProperties": MaxMap}
 	case reflect.Interface:
 		return node{}
 	case reflect.Bool:

@@ -174,12 +174,27 @@ func (w *Watcher) read(first bool) {
 		plan, more = w.opt.Build(files)
 		problems = load.Sort(slices.Concat(problems, more, w.permissions()))
 	}
+	if plan != nil && len(files) == 0 && w.holds(first) {
+		problems = append(problems, load.Problem{Message: fmt.Sprintf(
+			"the policy folder %s is empty; what is in force stays. Where nothing is meant to be protected, put a file there with only a comment", w.opt.Dir)})
+	}
 	if plan == nil || load.HasErrors(problems) {
 		w.reject(problems, first)
 	} else {
 		w.accept(plan, files, problems)
 	}
 	w.send(w.current)
+}
+
+// holds says whether there are policies that an empty folder would take away:
+// in force, or at the start kept on disk. A folder that was just made, or whose
+// volume is not mounted, is no wish to protect nothing.
+func (w *Watcher) holds(first bool) bool {
+	if !first {
+		return w.current.Plan != nil && len(w.current.Files) > 0
+	}
+	files, err := w.store.load()
+	return err != nil || len(files) > 0
 }
 
 func readProblem(dir string, err error) string {

@@ -239,18 +239,42 @@ func TestLastGoodSurvivesARestartIntoABrokenFolder(t *testing.T) {
 	}
 }
 
-func TestEmptiedFolderIsASet(t *testing.T) {
-	dir, state := t.TempDir(), t.TempDir()
+// TestEmptyFolderTakesNothingAway holds that an empty folder is no set where
+// there was one, also over a restart and where the folder was made anew; and
+// that nothing is a set where somebody says so.
+func TestEmptyFolderTakesNothingAway(t *testing.T) {
+	dir, state := filepath.Join(t.TempDir(), "policies"), t.TempDir()
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	h := start(t, dir, state, time.Hour)
+	h.until("nothing at first", holds(false))
 	h.write("a.yaml", policy("a"))
 	h.until("a", holds(false, "a"))
 	if err := os.Remove(filepath.Join(dir, "a.yaml")); err != nil {
 		t.Fatal(err)
 	}
-	h.until("nothing", holds(false))
+	e := h.until("the folder is empty", holds(true, "a"))
+	if len(e.Problems) != 1 || !strings.Contains(e.Problems[0].Message, "is empty; what is in force stays") {
+		t.Errorf("%v", e.Problems)
+	}
 	h.stop()
-	h = start(t, filepath.Join(dir, "missing"), state, time.Hour)
-	h.until("nothing again", holds(true))
+	h = start(t, dir, state, 10*time.Millisecond)
+	if e := h.until("after a restart", holds(true, "a")); !e.FromLastGood {
+		t.Errorf("%s", describe(e))
+	}
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	h.until("without a folder", func(e Event) bool {
+		return holds(true, "a")(e) && strings.Contains(e.Problems[0].Message, "is not there")
+	})
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.until("an empty one in its place", func(e Event) bool { return holds(true, "a")(e) && strings.Contains(e.Problems[0].Message, "is empty") })
+	h.write("none.yaml", "# nothing is protected here\n")
+	h.until("nothing, as somebody says", holds(false))
 }
 
 func TestDamagedLastGoodIsSetAside(t *testing.T) {

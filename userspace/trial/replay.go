@@ -217,7 +217,13 @@ func (r *Replay) judge(rec *pipeline.Record, old, new scene) finding {
 		return f
 	case src != nil && !src.MayCallIdentity(api.Identity):
 		return finding{deny: true, reason: flow.ReasonMayCall}
-	case f.deny || f.why != "" || f.asBefore:
+	case f.deny || f.why != "":
+		return f
+	}
+	if old.api == nil || old.api.Protocol != api.Protocol || old.api.AppTLS != api.AppTLS || old.api.Body != api.Body || !slices.Equal(old.api.Headers, api.Headers) {
+		return finding{why: "the policy reads connections otherwise: protocol, app.tls, body or the headers that rules read"}
+	}
+	if f.asBefore {
 		return f
 	}
 	if stage := rec.Stage; rec.Decision != flow.EffectAllow.String() && unrepeated[stage] {
@@ -415,6 +421,10 @@ func meetsCall(rule *compile.Rule, rec *pipeline.Record) (best meets) {
 			continue
 		case rec.Path == "":
 			best = max(best, maybe)
+			continue
+		}
+		if rule.Deny { // a slash at the end makes no difference to one
+			best = max(best, overlap(strings.TrimSuffix(rec.Path, "/"), strings.TrimSuffix(path, "/")))
 			continue
 		}
 		best = max(best, overlap(rec.Path, path))
