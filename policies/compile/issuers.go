@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/relations"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 )
 
@@ -186,22 +187,32 @@ func (c *compiler) inlineKeys(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
 }
 
 func (c *compiler) compileModels() {
-	for _, d := range c.set.Models {
+	for i, d := range c.set.Models {
+		if i == relations.MaxModels {
+			c.report.Errorf(d.Position(), "a set has at most %d RelationModels; this is one more", relations.MaxModels)
+			return
+		}
 		m := &Model{Namespace: d.Namespace, Name: d.Name, Text: d.Value.Spec.Model, Position: d.Position()}
 		_, hasModel := d.Lookup("spec", "model")
 		filePos, hasFile := d.Lookup("spec", "file")
-		at := "model"
+		from := modelText{d: d, field: "model"}
 		switch {
 		case hasModel && hasFile:
 			c.report.Errorf(filePos, "file: there is a model as well; keep one")
 		case hasFile && d.Value.Spec.File != "":
-			m.Text = c.modelFile(d, filePos)
-			at = "file"
+			from.field = "file"
+			m.Text, from.path = c.modelFile(d, filePos)
 		case hasFile:
 			c.empty(&d.Document, "file", "spec", "file")
 		}
-		if why := checkModel(m.Text); why != "" && (hasModel || m.Text != "") {
-			c.report.Errorf(d.At("spec", at), "%s: %s", at, why)
+		if hasModel != hasFile && m.Text != "" || !hasModel && !hasFile {
+			var errs []*relations.Error
+			m.Relations, errs = relations.Parse(m.Text)
+			for _, err := range errs {
+				c.badModel(from, err)
+			}
+		} else if hasModel && !hasFile {
+			c.report.Errorf(d.At("spec", "model"), "model: empty; leave it out for the default model")
 		}
 		c.models[m.FullName()] = m
 		c.declare(toModel, m.Namespace, m.Name)
@@ -210,49 +221,45 @@ func (c *compiler) compileModels() {
 	byName(c.plan.models)
 }
 
-func (c *compiler) modelFile(d *load.Doc[v1alpha1.RelationModel], pos load.Position) string {
+// modelText is where a model's text stands: in a field, or in the file at
+// path that the field names.
+type modelText struct {
+	d           *load.Doc[v1alpha1.RelationModel]
+	field, path string
+}
+
+func (c *compiler) badModel(from modelText, err *relations.Error) {
+	hint := c.report.Suggest(err.Name, err.Known)
+	if from.path != "" {
+		c.report.Errorf(load.Position{File: from.path, Line: max(1, err.Line), Column: max(1, err.Column)}, "%s%s", err.Message, hint)
+		return
+	}
+	c.report.Errorf(from.d.At("spec", from.field), "%s: %s%s", from.field, err, hint)
+}
+
+// modelFile returns the text that a RelationModel's file holds, and the
+// file's path.
+func (c *compiler) modelFile(d *load.Doc[v1alpha1.RelationModel], pos load.Position) (text, path string) {
 	name := d.Value.Spec.File
 	if filepath.Base(name) != name || !strings.HasSuffix(name, ".fga") && !strings.HasSuffix(name, ".fga.json") {
 		c.report.Errorf(pos, "file: %q is not the name of a *.fga or *.fga.json file beside the policies", name)
-		return ""
+		return "", ""
 	}
-	text, ok := c.set.Texts[filepath.Join(d.Dir(), name)]
+	path = filepath.Join(d.Dir(), name)
+	text, ok := c.set.Texts[path]
 	if !ok {
 		var names []string
 		for p := range c.set.Texts {
 			names = append(names, filepath.Base(p))
 		}
 		c.report.Errorf(pos, "file: there is no file %q beside the policies%s", name, c.report.Suggest(name, names))
-		return ""
+		return "", ""
 	}
 	if strings.TrimSpace(text) == "" {
 		c.report.Errorf(pos, "file: %q is empty", name)
-		return ""
+		return "", ""
 	}
-	return text
-}
-
-// checkModel tells a model from something else; whether it is a good one is
-// for its engine to say.
-func checkModel(text string) string {
-	trimmed := strings.TrimSpace(text)
-	if strings.HasPrefix(trimmed, "{") {
-		if !json.Valid([]byte(trimmed)) {
-			return "is not JSON"
-		}
-		return ""
-	}
-	for line := range strings.Lines(trimmed) {
-		line = strings.TrimSpace(line)
-		if line == "" || strings.HasPrefix(line, "#") {
-			continue
-		}
-		if line == "model" || strings.HasPrefix(line, "model ") || strings.HasPrefix(line, "model#") {
-			return ""
-		}
-		break
-	}
-	return `is neither JSON nor begins with "model"`
+	return text, path
 }
 
 func (c *compiler) compileTuples() {
@@ -268,6 +275,7 @@ func (c *compiler) compileTuples() {
 			c.report.Errorf(d.Position(), "model is missing: the set has %d RelationModels; write model: NAMESPACE/NAME and the list under tuples:", len(c.plan.models))
 		}
 		for i, t := range d.Value.Tuples {
+			good := true
 			for _, f := range [...]struct {
 				name, value string
 				ok          bool
@@ -276,8 +284,14 @@ func (c *compiler) compileTuples() {
 				{"relation", t.Relation, isRelationName(t.Relation)},
 				{"object", t.Object, isTupleEnd(t.Object, false)},
 			} {
+				good = good && f.ok
 				if pos, written := d.Lookup("tuples", i, f.name); written && !f.ok {
 					c.report.Errorf(pos, "%s: %q cannot stand in a relation", f.name, f.value)
+				}
+			}
+			if good && m != nil && m.Relations != nil {
+				if err := m.Relations.CheckTuple(t.User, t.Relation, t.Object); err != nil {
+					c.report.Errorf(d.At("tuples", i), "%s%s", err, c.report.Suggest(err.Name, err.Known))
 				}
 			}
 			c.plan.tuples = append(c.plan.tuples, Tuple{m, t.User, t.Relation, t.Object, d.At("tuples", i)})

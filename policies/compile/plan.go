@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/relations"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
@@ -178,10 +179,12 @@ func (i *Issuer) FullName() string { return i.Namespace + "/" + i.Name }
 // Model is a compiled RelationModel.
 type Model struct {
 	Namespace, Name string
-	// Text is the model in OpenFGA's language or as JSON, unread: its engine
-	// validates it. "" is the model that is built in.
-	Text     string
-	Position load.Position
+	// Text is the model in OpenFGA's language or as JSON; "" is the model that
+	// is built in.
+	Text string
+	// Relations is what Text says.
+	Relations *relations.Model
+	Position  load.Position
 }
 
 // FullName returns NAMESPACE/NAME.

@@ -69,7 +69,7 @@ spec:
 func TestPlan(t *testing.T) {
 	files := []load.File{
 		{Path: "a.yaml", Content: []byte(wholeSet)},
-		{Path: "b.tuples.yaml", Content: []byte(`[{user: "user:a", relation: owner, object: "doc:1"}]`)},
+		{Path: "b.tuples.yaml", Content: []byte(`[{user: "user:a", relation: viewer, object: "document:1"}]`)},
 	}
 	plan, problems := Build(files, testOptions())
 	if plan == nil || len(problems) != 2 { // the expiries

@@ -156,7 +156,25 @@ func parseRelation(s string) (*Relation, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, t := range [...]*Template{&user, &object} {
+		for i, p := range t.parts {
+			switch before, of, userset := strings.Cut(p.literal, "#"); {
+			case !userset:
+			case t == &object:
+				return nil, fmt.Errorf("%q is not TYPE:NAME", fields[2])
+			case i < len(t.parts)-1 || i == 1 && before == "" || !isRelationName(of):
+				return nil, fmt.Errorf("%q is not TYPE:NAME or TYPE:NAME#RELATION", fields[0])
+			}
+		}
+	}
 	return &Relation{User: user, Relation: fields[1], Object: object}, nil
+}
+
+// kind returns the type of what the template names, and the relation where
+// it names a userset.
+func (t *Template) kind() (typ, relation string) {
+	_, relation, _ = strings.Cut(t.parts[len(t.parts)-1].literal, "#")
+	return strings.TrimSuffix(t.parts[0].literal, ":"), relation
 }
 
 func parseTemplate(s string) (Template, error) {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/relations"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 )
 
@@ -402,6 +403,7 @@ func (c *compiler) relation(a *API, r *ruleSource) {
 	}
 	if r.Deny {
 		c.report.Errorf(r.key("relation"), "relation: a deny rule has from, hosts, http, grpc and when")
+		return
 	}
 	check := r.at("relation")
 	if _, ok := r.doc.Lookup("spec", "rules", r.index, "relation", "check"); ok {
@@ -419,6 +421,7 @@ func (c *compiler) relation(a *API, r *ruleSource) {
 	}
 	r.Relation = rel
 	rel.Model = c.modelOf(r, s.Model)
+	c.askable(rel, check)
 	rel.names(fromToken, func(name string) {
 		if r.spec.Token == nil {
 			c.report.Errorf(check, "relation: {token.%s} is used, but the rule asks for no token", name)
@@ -431,6 +434,27 @@ func (c *compiler) relation(a *API, r *ruleSource) {
 			c.report.Warnf(check, "relation: a caller without an identity has no source and is denied")
 		}
 	})
+}
+
+// askable holds a relation against its model.
+func (c *compiler) askable(rel *Relation, pos load.Position) {
+	if rel.Model == nil || rel.Model.Relations == nil {
+		return
+	}
+	m := rel.Model.Relations
+	user, of := rel.User.kind()
+	object, _ := rel.Object.kind()
+	errs := [...]*relations.Error{m.CheckUser(user, of), m.CheckRelation(object, rel.Relation)}
+	good := true
+	for _, err := range errs {
+		if err != nil {
+			good = false
+			c.report.Errorf(pos, "relation: %s%s", err, c.report.Suggest(err.Name, err.Known))
+		}
+	}
+	if good && !m.Reaches(user, of, object, rel.Relation) {
+		c.report.Warnf(pos, "relation: the model gives %s of type %q to nobody of type %q; this can never hold", rel.Relation, object, user)
+	}
 }
 
 func (c *compiler) modelOf(r *ruleSource, ref string) *Model {

@@ -24,6 +24,8 @@ import (
 	"github.com/openfga/openfga/pkg/storage/migrate"
 	"github.com/openfga/openfga/pkg/storage/sqlcommon"
 	"github.com/openfga/openfga/pkg/storage/sqlite"
+
+	"github.com/sallyport-dev/sallyport/policies/relations"
 )
 
 // Built says whether the relation engine is part of this binary.
@@ -105,7 +107,7 @@ func Open(ctx context.Context, opt Options) (*Engine, error) {
 	}
 	e := newEngine(opt)
 	e.db, e.lock = db, lock
-	store, err := sqlite.NewWithDB(db, sqlcommon.NewConfig())
+	store, err := sqlite.NewWithDB(db, sqlcommon.NewConfig(sqlcommon.WithMaxTypesPerAuthorizationModel(relations.MaxTypes)))
 	if err == nil {
 		e.tuples = store
 		e.fga, err = newServer(store, opt)
@@ -145,9 +147,9 @@ func newServer(store storage.OpenFGADatastore, opt Options) (*server.Server, err
 		server.WithListObjectsMaxResults(MaxListed),
 		server.WithMaxConcurrentReadsForCheck(8),
 		server.WithMaxConcurrentReadsForListObjects(8),
-		server.WithMaxAuthorizationModelSizeInBytes(MaxModelText),
-		server.WithAuthorizationModelCacheSize(MaxModels),
-		server.WithTypesystemCacheSize(MaxModels),
+		server.WithMaxAuthorizationModelSizeInBytes(2*relations.MaxSize),
+		server.WithAuthorizationModelCacheSize(relations.MaxModels),
+		server.WithTypesystemCacheSize(relations.MaxModels),
 		server.WithCheckCacheLimit(10_000),
 		server.WithCheckQueryCacheEnabled(true),
 		server.WithCheckQueryCacheTTL(engineTTL),

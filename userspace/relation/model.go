@@ -15,7 +15,6 @@ import (
 type model struct {
 	name           string
 	store, version string // OpenFGA's IDs
-	relations      map[string]map[string]bool
 	// closed are the types whose tuples matter to their own object alone: no
 	// relation of the model reaches an object of theirs from another.
 	closed map[string]bool

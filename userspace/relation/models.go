@@ -10,12 +10,13 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"strings"
 
 	openfgav1 "github.com/openfga/api/proto/openfga/v1"
 	"github.com/openfga/language/pkg/go/transformer"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/sallyport-dev/sallyport/policies/relations"
 )
 
 // conditionLease is the condition that Tuple.NotBefore and Expires become.
@@ -28,8 +29,8 @@ func (e *Engine) SetModels(ctx context.Context, list []Model) error {
 	if err := e.ready(); err != nil {
 		return fmt.Errorf("set relation models: %w", err)
 	}
-	if len(list) > MaxModels {
-		return fmt.Errorf("set relation models: %d are more than %d", len(list), MaxModels)
+	if len(list) > relations.MaxModels {
+		return fmt.Errorf("set relation models: %d are more than %d", len(list), relations.MaxModels)
 	}
 	e.write.Lock()
 	defer e.write.Unlock()
@@ -54,29 +55,6 @@ func (e *Engine) SetModels(ctx context.Context, list []Model) error {
 			m.replaced.Store(true)
 			e.opt.Changed(name)
 		}
-	}
-	return nil
-}
-
-// CheckModel says whether a model's text could be set, without setting it.
-func (e *Engine) CheckModel(text string) error {
-	_, err := parseModel(text)
-	return err
-}
-
-// HasRelation says whether a loaded model has that relation on that type, so
-// that a rule which could never be answered is refused when it is loaded.
-func (e *Engine) HasRelation(model, objectType, relation string) error {
-	m := e.models.Load().find(model)
-	if m == nil {
-		return fmt.Errorf("find relation model %q: %w", model, ErrNoModel)
-	}
-	relations, ok := m.relations[objectType]
-	if !ok {
-		return fmt.Errorf("relation model %q has no type %q", m.name, objectType)
-	}
-	if !relations[relation] {
-		return fmt.Errorf("relation model %q: type %q has no relation %q", m.name, objectType, relation)
 	}
 	return nil
 }
@@ -109,41 +87,14 @@ func (e *Engine) find(name string) (*model, error) {
 	return m, nil
 }
 
-func parseModel(text string) (parsed *openfgav1.AuthorizationModel, err error) {
-	if text == "" {
-		text = DefaultModel
-	}
-	if len(text) > MaxModelText {
-		return nil, fmt.Errorf("%d bytes are more than %d", len(text), MaxModelText)
-	}
-	// The parser is generated code that has been seen to panic on odd input.
-	defer func() {
-		if r := recover(); r != nil {
-			parsed, err = nil, fmt.Errorf("read the model: %v", r)
-		}
-	}()
-	if strings.HasPrefix(strings.TrimSpace(text), "{") {
-		parsed, err = transformer.LoadJSONStringToProto(text)
-	} else {
-		parsed, err = transformer.TransformDSLToProto(text)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read the model: %w", err)
-	}
-	if len(parsed.GetTypeDefinitions()) == 0 {
-		return nil, errors.New("read the model: it defines no type")
-	}
-	parsed.Id = ""
-	return parsed, nil
-}
-
 // loadModel brings a model's text into the store, as a new version only where
 // it differs from the last one.
 func (e *Engine) loadModel(ctx context.Context, one Model, old *model) (*model, error) {
-	parsed, err := parseModel(one.Text)
-	if err != nil {
-		return nil, err
+	read, errs := relations.Parse(one.Text)
+	if errs != nil {
+		return nil, fmt.Errorf("read the model: %w", errs[0])
 	}
+	parsed := read.Proto()
 	store, err := e.store(ctx, one.Name)
 	if err != nil {
 		return nil, err
@@ -218,7 +169,7 @@ func (e *Engine) version(ctx context.Context, store string, parsed *openfgav1.Au
 
 // describe finds out what of a model the cache needs to know.
 func describe(parsed *openfgav1.AuthorizationModel) *model {
-	m := &model{relations: make(map[string]map[string]bool), closed: make(map[string]bool)}
+	m := &model{closed: make(map[string]bool)}
 	for name := range parsed.GetConditions() {
 		if name == conditionLease {
 			m.leases = true
@@ -227,11 +178,6 @@ func describe(parsed *openfgav1.AuthorizationModel) *model {
 		}
 	}
 	for _, t := range parsed.GetTypeDefinitions() {
-		relations := make(map[string]bool, len(t.GetRelations()))
-		for name := range t.GetRelations() {
-			relations[name] = true
-		}
-		m.relations[t.GetType()] = relations
 		m.closed[t.GetType()] = true
 	}
 	for _, t := range parsed.GetTypeDefinitions() {

@@ -39,12 +39,6 @@ func (e *Engine) SetModels(_ context.Context, list []Model) error {
 	return errNotBuilt
 }
 
-// CheckModel returns an error.
-func (e *Engine) CheckModel(string) error { return errNotBuilt }
-
-// HasRelation returns an error.
-func (e *Engine) HasRelation(string, string, string) error { return errNotBuilt }
-
 // ModelText returns an error.
 func (e *Engine) ModelText(context.Context, string) (string, error) { return "", errNotBuilt }
 

@@ -3,25 +3,16 @@
 package relation
 
 import (
-	_ "embed"
 	"errors"
 	"log/slog"
 	"time"
 )
 
-// DefaultModel is the model of a RelationModel that brings none, in OpenFGA's
-// modelling language.
-//
-//go:embed default.fga
-var DefaultModel string
-
 // Bounds of what an Engine holds and takes.
 const (
-	MaxModels     = 256       // relation models of one Engine
-	MaxModelText  = 256 << 10 // bytes of a model
-	MaxTuples     = 100       // of one Write or Delete
-	MaxListed     = 1000      // objects or tuples of one answer
-	maxFileTuples = 100_000   // of Reconcile
+	MaxTuples     = 100     // of one Write or Delete
+	MaxListed     = 1000    // objects or tuples of one answer
+	maxFileTuples = 100_000 // of Reconcile
 )
 
 // Options are what Open needs.
@@ -45,7 +36,8 @@ type Options struct {
 }
 
 // Model is a RelationModel: its name (namespace/name) and its text, in
-// OpenFGA's modelling language or as JSON; empty: DefaultModel.
+// OpenFGA's modelling language or as JSON; empty: the default
+// model.
 type Model struct {
 	Name string
 	Text string

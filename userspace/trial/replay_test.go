@@ -264,7 +264,7 @@ func recordOf(t *testing.T, tr *trial.Trial, call *trial.Call) (pipeline.Record,
 func FuzzRecords(f *testing.F) {
 	plan, problems := compile.Build([]load.File{
 		{Path: "p.yaml", Content: []byte(replayHead + replaySets["base"])},
-		{Path: "shop.fga", Content: []byte("model\n  schema 1.1\ntype user\n")},
+		{Path: "shop.fga", Content: []byte("model\n  schema 1.1\ntype user\ntype account\n  relations\n    define owner: [user]\n    define can_pay: owner\n")},
 	}, compile.Options{TrustDomain: "example.org", Node: "n"})
 	if plan == nil {
 		f.Fatal(problems)

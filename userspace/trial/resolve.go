@@ -387,17 +387,21 @@ func (r *resolver) relations() {
 			continue
 		}
 		model := r.model(i, one.Model)
-		if model == "" {
+		if model == nil {
+			continue
+		}
+		if err := model.Relations.CheckTuple(t.User, t.Relation, t.Object); err != nil {
+			r.fault([]any{"tuples", i}, "%v%s", err, load.DidYouMean(err.Name, err.Known, `"`))
 			continue
 		}
 		if r.out.tuples == nil {
 			r.out.tuples = map[string][]relation.Tuple{}
 		}
-		r.out.tuples[model] = append(r.out.tuples[model], t)
+		r.out.tuples[model.FullName()] = append(r.out.tuples[model.FullName()], t)
 	}
 }
 
-func (r *resolver) model(i int, name string) string {
+func (r *resolver) model(i int, name string) *compile.Model {
 	var found []*compile.Model
 	var known []string
 	for _, m := range r.t.plan.Models() {
@@ -408,7 +412,7 @@ func (r *resolver) model(i int, name string) string {
 	}
 	switch {
 	case len(found) == 1:
-		return found[0].FullName()
+		return found[0]
 	case len(found) > 1:
 		r.fault([]any{"tuples", i, "model"}, "model is %s", either(found))
 	case name != "":
@@ -416,7 +420,7 @@ func (r *resolver) model(i int, name string) string {
 	default:
 		r.fault([]any{"tuples", i}, "the policies have no RelationModel")
 	}
-	return ""
+	return nil
 }
 
 // read writes the request out and reads it as the proxy does.

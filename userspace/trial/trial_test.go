@@ -298,6 +298,7 @@ func TestFaults(t *testing.T) {
 		{"from: checkout, to: payments, http: GET /, token: {issuer: ssso}", `no TokenIssuer "ssso" (did you mean "sso"?)`},
 		{"from: checkout, to: db, token: {issuer: sso}", `belong to a request`},
 		{"from: checkout, to: db, tuples: [{user: x, relation: owner, object: \"account:1\"}]", `the user is not TYPE:ID`},
+		{"from: checkout, to: db, tuples: [{user: \"user:x\", relation: ownr, object: \"account:1\"}]", `type "account" of the model has no relation "ownr" (did you mean "owner"?)`},
 		{"from: checkout, to: db, tuples: [{user: \"user:x\", relation: owner, object: \"account:1\", model: shp}]", `no RelationModel "shp" (did you mean "shop"?)`},
 	} {
 		_, problems := tr.Tests(load.File{Path: "a_test.yaml", Content: fmt.Appendf(nil, "cases: [{name: a, %s, expect: allow}]", c.call)})
