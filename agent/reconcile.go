@@ -247,7 +247,7 @@ func (a *Agent) makeView() (*view, error) {
 		plan: plan, files: a.in.files, loaded: a.in.loaded, generation: a.in.generation, ceiling: a.cfg.ModeCeiling,
 		byNumber: map[flow.IdentityNumber]*compile.Identity{}, numbers: map[*compile.Identity]flow.IdentityNumber{},
 		local: map[*compile.Identity]bool{}, homes: homesOf(plan, a.in.table), protected: map[datapath.ProtectedPort]*compile.API{},
-		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked, resolved: a.hosts.Addresses(),
+		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked,
 		disputed: map[datapath.ProtectedPort]flow.Mode{}, expires: firstExpiry(plan, time.Now()),
 	}
 	for _, id := range plan.Identities() {
@@ -267,6 +267,7 @@ func (a *Agent) makeView() (*view, error) {
 			v.addresses[addr.Unmap()] = append(v.addresses[addr.Unmap()], cookie)
 		}
 	}
+	v.resolved = v.elsewhere(a.hosts.Addresses())
 	for _, id := range plan.Identities() {
 		// Who neither lives nor serves here needs no certificate here.
 		v.local[id] = id.Selector != nil && (len(v.homes[id]) > 0 || len(v.servesIn(id)) > 0)

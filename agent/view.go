@@ -46,12 +46,22 @@ type view struct {
 	namespaces map[uint64]*namespace
 	addresses  map[netip.Addr][]uint64
 	revoked    map[string]bool
-	// resolved are the addresses of the hosts that egress names.
+	// resolved are the addresses of the hosts that egress names, without this
+	// node's own.
 	resolved map[string][]netip.Addr
 	// disputed are the ports that two identities serve at, with the strictest
 	// of their modes. They are not among the protected ones.
 	disputed map[datapath.ProtectedPort]flow.Mode
 	expires  time.Time // when an identity's validity ends next, zero for never
+}
+
+// elsewhere leaves out what resolves to an address of this node: whoever
+// answers for a name must not open the node's own services by it.
+func (v *view) elsewhere(resolved map[string][]netip.Addr) map[string][]netip.Addr {
+	for name, list := range resolved {
+		resolved[name] = slices.DeleteFunc(list, func(a netip.Addr) bool { return v.addresses[a] != nil })
+	}
+	return resolved
 }
 
 // outdated says whether time alone has made the view another.

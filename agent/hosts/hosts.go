@@ -217,8 +217,9 @@ func (f *Follower) note(n string, addresses []netip.Addr, err error) (changed bo
 }
 
 // Usable says whether an answer may open an address at all: a name must not
-// lead to the node itself, to the link (where metadata services are) or to
-// many. Whoever means those writes the range.
+// lead to loopback, to the link (where metadata services are) or to many;
+// nor, which the agent sees to, to another address of the node. Whoever means
+// those writes the range.
 func Usable(a netip.Addr) bool {
 	return a.IsValid() && a.Zone() == "" && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.IsLinkLocalUnicast() &&
 		a != netip.AddrFrom4([4]byte{255, 255, 255, 255})

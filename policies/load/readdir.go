@@ -70,6 +70,10 @@ func readOnce(dir string, wanted func(string) bool) (files []File, problems []Pr
 			break
 		}
 		files = append(files, File{Path: s.name, Content: content})
+		if s.mode&0o002 != 0 {
+			problems = append(problems, Problem{Position: Position{File: s.name}, Severity: Warning,
+				Message: "every user of this machine may write to the file; chmod o-w it"})
+		}
 	}
 	after, err := snapshot(root, wanted)
 	if err != nil {
@@ -88,6 +92,7 @@ type stamp struct {
 	size        int64
 	mtime       int64
 	ctime       int64
+	mode        fs.FileMode
 	unreachable bool
 }
 
@@ -113,7 +118,7 @@ func snapshot(root *os.Root, wanted func(string) bool) ([]stamp, error) {
 		if info, err := root.Stat(name); err != nil {
 			s.unreachable = true
 		} else {
-			s.size, s.mtime = info.Size(), info.ModTime().UnixNano()
+			s.size, s.mtime, s.mode = info.Size(), info.ModTime().UnixNano(), info.Mode()
 			if st, ok := info.Sys().(*syscall.Stat_t); ok {
 				s.inode, s.ctime = st.Ino, st.Ctim.Nano()
 			}

@@ -28,6 +28,9 @@ const (
 // missingPoll is how often a missing folder is looked for, at most.
 const missingPoll = time.Second
 
+// openForWriting is logged each time that the folder is not read for it.
+const openForWriting = "a policy file is open for writing; it is waited for"
+
 // Options say what is watched.
 type Options struct {
 	// Dir is the policy folder. It need not be there yet.
@@ -148,6 +151,7 @@ func (w *Watcher) wait(ctx context.Context, n *notifier, poll time.Duration) boo
 		if !n.busy() {
 			return true
 		}
+		w.opt.Logger.Debug(openForWriting, "folder", w.opt.Dir)
 	}
 }
 

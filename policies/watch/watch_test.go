@@ -30,6 +30,7 @@ type harness struct {
 	t          *testing.T
 	dir, state string
 	w          *Watcher
+	said       lines
 	stop       func()
 }
 
@@ -44,16 +45,17 @@ func start(t *testing.T, dir, state string, poll time.Duration) *harness {
 func startQuiet(t *testing.T, dir, state string, poll, debounce time.Duration) *harness {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
+	said := make(lines, 1)
 	w := New(Options{
 		Dir: dir, StateDir: state, Debounce: debounce, Poll: poll,
-		Logger: slog.New(slog.DiscardHandler),
+		Logger: slog.New(slog.NewTextHandler(said, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Build: func(files []load.File) (*compile.Plan, []load.Problem) {
 			return compile.Build(files, compile.Options{TrustDomain: "example.org", Node: "n"})
 		},
 	})
 	done := make(chan struct{})
 	go func() { w.Run(ctx); close(done) }()
-	h := &harness{t: t, dir: dir, state: state, w: w}
+	h := &harness{t: t, dir: dir, state: state, w: w, said: said}
 	h.stop = func() {
 		cancel()
 		select {
@@ -64,6 +66,33 @@ func startQuiet(t *testing.T, dir, state string, poll, debounce time.Duration) *
 	}
 	t.Cleanup(h.stop)
 	return h
+}
+
+// lines hands log lines to who waits for one, and drops the rest.
+type lines chan string
+
+func (l lines) Write(p []byte) (int, error) {
+	select {
+	case l <- string(p):
+	default:
+	}
+	return len(p), nil
+}
+
+// waitFor waits for a line of the log.
+func (h *harness) waitFor(message string) {
+	h.t.Helper()
+	timeout := time.After(10 * time.Second)
+	for {
+		select {
+		case line := <-h.said:
+			if strings.Contains(line, message) {
+				return
+			}
+		case <-timeout:
+			h.t.Fatalf("%q is not said", message)
+		}
+	}
 }
 
 func (h *harness) write(name, content string) {
@@ -430,10 +459,14 @@ func TestHalfAFileIsNoSet(t *testing.T) {
 	}
 	// Another file, written whole, would have the folder read.
 	h.write("c.yaml", policy("c"))
+	// The first may be of the time before that.
+	for range 2 {
+		h.waitFor(openForWriting)
+	}
 	select {
 	case e := <-h.w.Events():
 		t.Errorf("in force while a file was being written: %s", describe(e))
-	case <-time.After(3 * h.w.opt.Debounce):
+	default:
 	}
 	if _, err := f.WriteString(policy("b")); err != nil {
 		t.Fatal(err)
@@ -459,5 +492,25 @@ func TestTestFilesChangeNothing(t *testing.T) {
 	second := <-h.w.Events()
 	if !holds(false, "a", "b")(second) || len(second.Files) != 2 || first.Plan == second.Plan {
 		t.Errorf("with a broken test beside them: %s", describe(second))
+	}
+}
+
+func TestWorldWritableFileIsAWarning(t *testing.T) {
+	dir := t.TempDir()
+	h := start(t, dir, "", time.Hour)
+	h.until("an empty folder", holds(false))
+	path := filepath.Join(t.TempDir(), "a.yaml")
+	if err := os.WriteFile(path, []byte(policy("a")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o606); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path, filepath.Join(dir, "a.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	e := h.until("the set", holds(false, "a"))
+	if len(e.Problems) != 1 || e.Problems[0].String() != "warning: a.yaml: every user of this machine may write to the file; chmod o-w it" {
+		t.Errorf("%s", describe(e))
 	}
 }

@@ -51,12 +51,18 @@ type Replay struct {
 	sums     map[*compile.Rule][sha256.Size]byte
 	// moved are the models whose relations in the sets' files differ.
 	moved map[string]bool
+	names map[string]*compile.Identity // of the new plan, by NAMESPACE/NAME
 }
 
 // NewReplay returns a replay of calls that were judged by one plan, under
 // another and a node's mode ceiling.
 func NewReplay(old, new *compile.Plan, ceiling flow.Mode, now time.Time) *Replay {
-	return &Replay{old: old, new: new, ceiling: ceiling, now: now, sums: map[*compile.Rule][sha256.Size]byte{}, moved: moved(old, new)}
+	r := &Replay{old: old, new: new, ceiling: ceiling, now: now, sums: map[*compile.Rule][sha256.Size]byte{}, moved: moved(old, new),
+		names: make(map[string]*compile.Identity, len(new.Identities()))}
+	for _, id := range new.Identities() {
+		r.names[id.FullName()] = id
+	}
+	return r
 }
 
 // moved lists the models whose relations differ.
@@ -96,7 +102,7 @@ func (r *Replay) Judge(rec *pipeline.Record) (Replayed, bool) {
 		return Replayed{}, false
 	}
 	out := Replayed{Before: recorded(rec)}
-	old, new := r.look(r.old, rec), r.look(r.new, rec)
+	old, new := r.look(rec)
 	switch {
 	case old.api == nil && new.api == nil:
 		return Replayed{}, false
@@ -128,15 +134,36 @@ type scene struct {
 	api *compile.API
 }
 
-func (r *Replay) look(plan *compile.Plan, rec *pipeline.Record) (s scene) {
+func (r *Replay) look(rec *pipeline.Record) (old, new scene) {
 	if rec.Source != "" {
-		s.src, _, _ = plan.Identity(rec.Source)
+		old.src, new.src = r.find(rec.Source)
 	}
-	if dst, _, ok := plan.Identity(rec.Destination); ok {
-		s.api = plan.API(dst, rec.Address.Port())
+	before, after := r.find(rec.Destination)
+	if before != nil {
+		old.api = r.old.API(before, rec.Address.Port())
 	}
-	return s
+	if after != nil {
+		new.api = r.new.API(after, rec.Address.Port())
+	}
+	return old, new
 }
+
+// find finds an identity in both plans. One that nodes recognise, or know by
+// where it serves, gets the ID that the policies give it: under a plan that gives
+// it another one it is still the same. One that brings its ID is not.
+func (r *Replay) find(spiffeID string) (before, after *compile.Identity) {
+	before, _, _ = r.old.Identity(spiffeID)
+	after, _, _ = r.new.Identity(spiffeID)
+	if after == nil && before != nil {
+		if same := r.names[before.FullName()]; same != nil && given(before) && given(same) {
+			after = same
+		}
+	}
+	return before, after
+}
+
+// given says whether nodes give an identity its ID.
+func given(id *compile.Identity) bool { return id.Selector != nil || len(id.Endpoints) > 0 }
 
 // same says that both plans decide the call alike: all that the policy names
 // is the same, and so is the caller.

@@ -41,6 +41,8 @@ spec: {file: shop.fga}
 ---
 `
 
+const replayModel = "model\n  schema 1.1\ntype user\ntype account\n  relations\n    define can_pay: [user]\n"
+
 // replaySets are sets that differ in one thing or several.
 var replaySets = map[string]string{
 	"base": caller("") + policy("enforce", `
@@ -157,7 +159,7 @@ func TestReplay(t *testing.T) {
 	for name, text := range replaySets {
 		files := []load.File{
 			{Path: "p.yaml", Content: []byte(replayHead + text)},
-			{Path: "shop.fga", Content: []byte("model\n  schema 1.1\ntype user\ntype account\n  relations\n    define can_pay: [user]\n")},
+			{Path: "shop.fga", Content: []byte(replayModel)},
 		}
 		if name != "tuples, other" {
 			files = append(files, load.File{Path: "a.tuples.yaml", Content: []byte(`[{user: "user:app", relation: can_pay, object: "account:a-1"}]`)})
@@ -259,12 +261,57 @@ func recordOf(t *testing.T, tr *trial.Trial, call *trial.Call) (pipeline.Record,
 	}, true
 }
 
+// TestReplayUnderOtherIDs holds that who gets another ID of the policies stays
+// who he was, and that who brings his own does not.
+func TestReplayUnderOtherIDs(t *testing.T) {
+	build := func(domain, app, server string) *compile.Plan {
+		p, problems := compile.Build([]load.File{{Path: "p.yaml", Content: fmt.Appendf(nil, `apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: app}
+spec: {owner: a@b.example, mayCall: [server]%s}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: server}
+spec: {owner: a@b.example%s, select: {cgroup: {path: /server}}}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: api}
+spec: {mode: enforce, protect: {identity: server, ports: [80]}, rules: [{name: r, from: [app]}]}
+`, app, server)}}, compile.Options{TrustDomain: domain, Node: "n"})
+		if p == nil {
+			t.Fatal(problems)
+		}
+		return p
+	}
+	const here = ", select: {cgroup: {path: /app}}"
+	named := func(id string) string { return `, spiffeID: "spiffe://example.org/` + id + `"` }
+	for _, c := range []struct {
+		what     string
+		old, new *compile.Plan
+		source   string
+		want     trial.Ending
+	}{
+		{"both", build("example.org", here+named("app"), named("server")), build("example.org", here, ""), "spiffe://example.org/app", trial.Allowed},
+		{"a caller that brings its ID", build("example.org", named("app"), named("server")), build("example.org", named("app2"), ""), "spiffe://example.org/app", trial.Denied},
+	} {
+		got, ok := trial.NewReplay(c.old, c.new, flow.ModeEnforce, time.Now()).Judge(&pipeline.Record{
+			Source: c.source, Destination: "spiffe://example.org/server", Address: netip.MustParseAddrPort("192.0.2.9:80"), Protocol: "http", Method: "GET", Path: "/",
+			Decision: "allow", Stage: "policy", Policy: "default/api", Rule: "r", Channel: flow.ChannelTunnel.String(),
+		})
+		if !ok || got.After != c.want {
+			t.Errorf("%s: %+v", c.what, got)
+		}
+	}
+}
+
 // FuzzRecords holds that no decision log breaks the reader, and that what it
 // reads can be judged.
 func FuzzRecords(f *testing.F) {
 	plan, problems := compile.Build([]load.File{
 		{Path: "p.yaml", Content: []byte(replayHead + replaySets["base"])},
-		{Path: "shop.fga", Content: []byte("model\n  schema 1.1\ntype user\ntype account\n  relations\n    define owner: [user]\n    define can_pay: owner\n")},
+		{Path: "shop.fga", Content: []byte(replayModel)},
 	}, compile.Options{TrustDomain: "example.org", Node: "n"})
 	if plan == nil {
 		f.Fatal(problems)
@@ -304,7 +351,7 @@ func BenchmarkReplay(b *testing.B) {
 	var plans []*compile.Plan
 	for _, name := range []string{"base", "wide"} {
 		p, problems := compile.Build([]load.File{
-			{Path: "p.yaml", Content: []byte(replayHead + replaySets[name])}, {Path: "shop.fga", Content: []byte("model\n  schema 1.1\ntype user\n")},
+			{Path: "p.yaml", Content: []byte(replayHead + replaySets[name])}, {Path: "shop.fga", Content: []byte(replayModel)},
 		}, compile.Options{TrustDomain: "example.org", Node: "n"})
 		if p == nil {
 			b.Fatal(problems)

@@ -20,7 +20,7 @@ func TestEgressByHost(t *testing.T) {
 	resolve := func(address string) {
 		t.Helper()
 		// In place: the file is mounted.
-		if err := os.WriteFile(hosts, []byte("127.0.0.1 localhost\n"+address+" api.partner.test\n127.0.0.1 evil.partner.test\n"), 0o644); err != nil {
+		if err := os.WriteFile(hosts, []byte("127.0.0.1 localhost\n"+address+" api.partner.test\n127.0.0.1 evil.partner.test\n"+addrB+" home.partner.test\n"), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -28,10 +28,11 @@ func TestEgressByHost(t *testing.T) {
 	// The agent's own /etc/hosts, so that names mean what this test says.
 	n.wrap = []string{"unshare", "--mount", "--propagation", "private", "sh", "-c", "mount --bind " + hosts + ` /etc/hosts && exec "$@"`, "sh"}
 	n.policy("shop.yaml", strings.Replace(shopIn("enforce"), "mayCall: [web, stream]}",
-		"mayCall: [web, stream], egress: [{host: api.partner.test, ports: [9999]}, {host: evil.partner.test, ports: [9998]}, {host: nowhere.partner.test, ports: [1]}]}", 1))
+		"mayCall: [web, stream], egress: [{host: api.partner.test, ports: [9999]}, {host: evil.partner.test, ports: [9998]}, {host: home.partner.test, ports: [9997]}, {host: nowhere.partner.test, ports: [1]}]}", 1))
 	server(t, "", stranger, "echo", ":9999")
 	server(t, "", stranger, "echo", ":9998")
 	server(t, n.group("nobody"), n.ns, "echo", "127.0.0.1:9998")
+	server(t, n.group("nobody"), n.ns, "echo", addrB+":9997")
 	n.start()
 	act(t, n.group("client"), n.ns, "idle").line(t)
 
@@ -49,6 +50,7 @@ func TestEgressByHost(t *testing.T) {
 	from := n.mark()
 	for what, address := range map[string]string{
 		"another port of the host": addrA + ":9998", "another address": "[" + addrA6 + "]:9999", "loopback, to which a name leads": "127.0.0.1:9998",
+		"the node itself, to which a name leads": addrB + ":9997",
 	} {
 		if reaches(address) {
 			t.Errorf("the client reaches %s", what)
