@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -53,18 +52,23 @@ func newValidate() *cobra.Command {
 		if *tenant == "" && (len(*contexts) > 0 || len(*hosts) > 0) {
 			return errors.New("--context and --allow-url-host go with --tenant")
 		}
-		files, problems, err := readPolicies(c.InOrStdin(), args)
+		// Of several folders the files' names must say which they are of.
+		files, problems, err := readPolicies(c.InOrStdin(), args, len(args)+len(*contexts) > 1)
 		if err != nil {
 			return err
 		}
 		opt := compile.Options{TrustDomain: *trustDomain, Node: *node}
 		if *tenant != "" {
-			known, more, err := readContext(c.InOrStdin(), *contexts)
+			known, more, err := readPolicies(c.InOrStdin(), *contexts, true)
 			if err != nil {
 				return err
 			}
+			foreign := make(map[string]bool, len(known))
+			for _, f := range known {
+				foreign[f.Path] = true
+			}
 			files, problems = append(files, known...), append(problems, more...)
-			opt.Tenant = &compile.Tenancy{Namespace: *tenant, Hosts: *hosts, Context: func(file string) bool { return strings.HasPrefix(file, contextMark) }}
+			opt.Tenant = &compile.Tenancy{Namespace: *tenant, Hosts: *hosts, Context: func(file string) bool { return foreign[file] }}
 		}
 		plan, built := compile.Build(files, opt)
 		problems = load.Sort(append(problems, built...))
@@ -92,29 +96,10 @@ func newValidate() *cobra.Command {
 	return c
 }
 
-// readContext reads like readPolicies; the files keep the directory in their
-// names, so that they are none of the tenant's.
-func readContext(stdin io.Reader, args []string) (files []load.File, problems []load.Problem, err error) {
-	for _, a := range args {
-		found, p, err := readPolicies(stdin, []string{a})
-		if err != nil {
-			return nil, nil, err
-		}
-		for i := range found {
-			found[i].Path = contextMark + filepath.Join(filepath.Dir(a+"/"), filepath.Base(found[i].Path))
-		}
-		files, problems = append(files, found...), append(problems, p...)
-	}
-	return files, problems, nil
-}
-
-// contextMark begins the names of files that are not the tenant's; a file of
-// a directory cannot have it, for names with a slash are not listed.
-const contextMark = "context:/"
-
 // readPolicies reads directories as the agent does, single files, and
-// standard input, whose name is -.
-func readPolicies(stdin io.Reader, args []string) (files []load.File, problems []load.Problem, err error) {
+// standard input, whose name is -. A file of a directory has its name there,
+// or its whole path.
+func readPolicies(stdin io.Reader, args []string, paths bool) (files []load.File, problems []load.Problem, err error) {
 	for _, a := range args {
 		if a == "-" {
 			content, err := io.ReadAll(io.LimitReader(stdin, load.MaxFileBytes+1))
@@ -141,7 +126,10 @@ func readPolicies(stdin io.Reader, args []string) (files []load.File, problems [
 		}
 		found, p, err := load.ReadDir(a)
 		if err != nil {
-			return nil, nil, fmt.Errorf("read policies: %w", err)
+			return nil, nil, readError(a, err)
+		}
+		if paths {
+			found, p = within(a, found), placed(a, p)
 		}
 		files, problems = append(files, found...), append(problems, p...)
 	}
