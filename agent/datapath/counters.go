@@ -5,7 +5,6 @@ package datapath
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -41,16 +40,6 @@ type Counters struct {
 
 // Counters reads all counters.
 func (d *Datapath) Counters() (Counters, error) { return readCounters(d.maps.Counters) }
-
-// ReadCounters reads all counters from the pins, which outlive the agent.
-func ReadCounters(pinDir string) (Counters, error) {
-	m, err := ebpf.LoadPinnedMap(filepath.Join(pinDir, "maps", "counters"), &ebpf.LoadPinOptions{ReadOnly: true})
-	if err != nil {
-		return Counters{}, fmt.Errorf("read counters: %w", err)
-	}
-	defer m.Close()
-	return readCounters(m)
-}
 
 func readCounters(m *ebpf.Map) (Counters, error) {
 	var n [bpf.KernelCounterCOUNTERS]uint64

@@ -4,10 +4,13 @@ package datapath
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/agent/loader"
@@ -49,7 +52,7 @@ func TestKilledAgent(t *testing.T) {
 		t.Errorf("a squatter in the subtree: %v", err)
 	}
 	nothingAccepted(t, l, "the server")
-	if c, err := ReadCounters(n.pins); err != nil || c.Refused[flow.ReasonListenerGone] < 2 {
+	if c, err := pinnedCounters(n.pins); err != nil || c.Refused[flow.ReasonListenerGone] < 2 {
 		t.Errorf("counters of a dead agent: %+v, %v", c, err)
 	}
 	must(t, l.SetTimeout(5*time.Second))
@@ -105,4 +108,14 @@ func TestReadersEnd(t *testing.T) {
 			t.Fatal("a reader did not end")
 		}
 	}
+}
+
+// pinnedCounters reads all counters from the pins, which outlive the agent.
+func pinnedCounters(pinDir string) (Counters, error) {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(pinDir, "maps", "counters"), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return Counters{}, fmt.Errorf("read counters: %w", err)
+	}
+	defer m.Close()
+	return readCounters(m)
 }

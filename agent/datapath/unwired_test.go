@@ -113,7 +113,7 @@ func TestUnwiredNetnsIsRefused(t *testing.T) {
 		must(t, unix.Kill(n.agent.PID, unix.SIGKILL))
 		n.agent.Wait(t)
 		refusedAll(t)
-		if c, err := ReadCounters(n.pins); err != nil || c.Refused[flow.ReasonNotReady] < before+6 {
+		if c, err := pinnedCounters(n.pins); err != nil || c.Refused[flow.ReasonNotReady] < before+6 {
 			t.Errorf("counters of a dead agent: %+v, %v", c, err)
 		}
 	})

@@ -51,12 +51,6 @@ func Files(name string) ([]load.File, error) {
 	return files, nil
 }
 
-// Policies returns those of an example's files that a policy folder reads.
-func Policies(name string) ([]load.File, error) {
-	files, err := Files(name)
-	return slices.DeleteFunc(files, func(f load.File) bool { return !load.IsPolicyFile(f.Path) }), err
-}
-
 // Summary returns what the example is for: what its page says up to the first
 // stop or colon.
 func Summary(name string) string {

@@ -5,6 +5,7 @@ package library_test
 import (
 	"errors"
 	"io/fs"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -19,10 +20,11 @@ import (
 
 func build(t *testing.T, name string) *compile.Plan {
 	t.Helper()
-	files, err := library.Policies(name)
+	files, err := library.Files(name)
 	if err != nil {
 		t.Fatal(err)
 	}
+	files = slices.DeleteFunc(files, func(f load.File) bool { return !load.IsPolicyFile(f.Path) })
 	plan, problems := compile.Build(files, compile.Options{TrustDomain: "shop.example", Node: "host-1"})
 	for _, p := range problems {
 		t.Error(p)

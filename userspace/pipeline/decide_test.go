@@ -305,10 +305,7 @@ func TestRelationWaits(t *testing.T) {
 	if w.blocks != 1 {
 		t.Errorf("waited %d times, want once", w.blocks)
 	}
-	tu, err := relation.ParseTuple("user:alice can_pay account:a1")
-	if err != nil {
-		t.Fatal(err)
-	}
+	tu := relation.Tuple{User: "user:alice", Relation: "can_pay", Object: "account:a1"}
 	if err := w.relations.Delete(t.Context(), "shop/shop", []relation.Tuple{tu}); err != nil {
 		t.Fatal(err)
 	}

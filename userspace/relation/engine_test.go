@@ -67,7 +67,7 @@ func tuples(t testing.TB, lines ...string) []Tuple {
 	out := make([]Tuple, len(lines))
 	for i, l := range lines {
 		var err error
-		out[i], err = ParseTuple(l)
+		out[i], err = parseTuple(l)
 		must(t, err)
 	}
 	return out

@@ -17,7 +17,6 @@ const (
 	maxRelation = 50
 	maxObject   = 256
 	maxUser     = 512
-	maxValue    = 200 // of a value put into a relation
 )
 
 // Tuple says that User has Relation to Object: "user:alice", "editor",
@@ -31,7 +30,7 @@ type Tuple struct {
 	NotBefore, Expires time.Time
 }
 
-// String returns the tuple as ParseTuple reads it, without its lease.
+// String returns the tuple as USER RELATION OBJECT, without its lease.
 func (t Tuple) String() string { return t.User + " " + t.Relation + " " + t.Object }
 
 func (t *Tuple) leased() bool { return !t.NotBefore.IsZero() || !t.Expires.IsZero() }
@@ -40,26 +39,11 @@ func (t *Tuple) leased() bool { return !t.NotBefore.IsZero() || !t.Expires.IsZer
 func (t Tuple) key() Tuple { return Tuple{User: t.User, Relation: t.Relation, Object: t.Object} }
 
 var (
-	errTupleForm = errors.New("not USER RELATION OBJECT, three words")
 	errUserForm  = errors.New("the user is not TYPE:ID, TYPE:ID#RELATION or TYPE:*")
 	errRelForm   = errors.New("the relation is not a word of 1 to 50 bytes without : # @ * |")
 	errObjForm   = errors.New("the object is not TYPE:ID")
 	errLeaseForm = errors.New("the lease ends before it begins")
 )
-
-// ParseTuple reads "USER RELATION OBJECT", the words parted by single spaces.
-func ParseTuple(s string) (Tuple, error) {
-	user, rest, ok := strings.Cut(s, " ")
-	relation, object, ok2 := strings.Cut(rest, " ")
-	if !ok || !ok2 {
-		return Tuple{}, fmt.Errorf("parse tuple: %w", errTupleForm)
-	}
-	t := Tuple{User: user, Relation: relation, Object: object}
-	if err := t.Validate(); err != nil {
-		return Tuple{}, err
-	}
-	return t, nil
-}
 
 // Validate holds a tuple that is to be stored against the syntax; whether the
 // model has its types and relation is the engine's to say.
@@ -75,15 +59,6 @@ func (t *Tuple) Validate() error {
 		return fmt.Errorf("check tuple: %w", errLeaseForm)
 	}
 	return nil
-}
-
-// ValidValue says whether a value from a request or a token may be put into a
-// relation: 1 to 200 bytes of UTF-8 without `:`, `#`, `@`, `*`, `|`, white
-// space or control characters, any of which could make it another object,
-// everybody, or another endpoint. One that may not is refused with
-// flow.ReasonRelationTemplate. It allocates nothing.
-func ValidValue(s string) bool {
-	return s != "" && len(s) <= maxValue && plain(s, ":#@*|")
 }
 
 // plain says whether s is UTF-8 without the given bytes, white space, control

@@ -70,9 +70,6 @@ func (c *Resolved) Call() compile.Call {
 	return compile.Call{Host: c.Host, Method: c.Method, Path: c.Path, GRPC: c.GRPC}
 }
 
-// Peer is the caller as the pipeline sees it.
-func (c *Resolved) Peer() flow.Peer { return c.peer }
-
 // caller names who calls, for a token.
 func (c *Resolved) caller() string {
 	switch {
