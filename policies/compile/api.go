@@ -170,6 +170,8 @@ type Activation struct {
 	Token   *Claims   // nil: the rule asks for none
 	Match   *Match
 	Time    time.Time
+
+	spent uint64 // by conditions
 }
 
 type decidedBy uint8

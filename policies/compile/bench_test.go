@@ -139,3 +139,39 @@ func BenchmarkRelation(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkConditionCost measures what a unit of cost takes, at its worst.
+func BenchmarkConditionCost(b *testing.B) {
+	for name, text := range map[string]string{
+		"nested":  "token.groups.all(a, token.groups.all(b, a + b != b + 'x'))",
+		"regex":   "token.groups.all(a, a.matches('(a|b)*c?(d|e)*f'))",
+		"in":      "token.groups.all(a, a in token.groups)",
+		"claims":  "token.groups.all(a, token.claims.tenant != a)",
+		"split":   "token.groups.all(a, size(request.path + a) > 0)",
+		"trivial": "request.method == 'GET'",
+		"path":    "request.path != 'x'",
+		"param":   "params.id != 'x'",
+		"header":  "request.headers['X-Account'] != 'x'",
+		"literal": "[1,2,3,4,5,6,7,8,9].exists(x, [1,2,3,4,5,6,7,8].exists(y, [1,2,3,4,5,6,7].exists(z, x+y+z == 100)))",
+	} {
+		cond, errs := compileCondition(text)
+		if errs != nil {
+			b.Fatal(errs)
+		}
+		b.Run(name, func(b *testing.B) {
+			a := activation()
+			a.Request.Path = "/" + strings.Repeat("x", 4000)
+			a.Token.Groups = make([]string, 30)
+			for i := range a.Token.Groups {
+				a.Token.Groups[i] = strings.Repeat("g", 40)
+			}
+			var spent uint64
+			for b.Loop() {
+				a.spent = 0
+				_, _ = cond.Eval(a)
+				spent += a.spent
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(spent), "ns/unit")
+		})
+	}
+}

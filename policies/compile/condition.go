@@ -17,13 +17,17 @@ import (
 	"github.com/sallyport-dev/sallyport/policies/load"
 )
 
-// Bounds of a condition. The cost is in CEL's own units, about an operation
-// or ten characters each.
+// Bounds of a condition, and of all that are asked for one request. The cost is
+// in CEL's own units, about an operation or ten characters each.
 const (
 	maxConditionChars = 4096
 	maxConditionNodes = 1000
 	maxConditionDepth = 32
 	maxConditionCost  = 10_000
+	maxRequestCost    = 100_000
+	// What asking a condition costs beside what CEL counts: as it is, for each
+	// header that is looked for, and for so many bytes of the path.
+	askCost, headerCost, pathUnit = 20, 10, 64
 )
 
 // Condition is a compiled `when`: an expression in the Common Expression
@@ -53,6 +57,9 @@ var (
 	errNotBool   = errors.New("evaluate condition: the result is not a bool")
 	errMissing   = errors.New("evaluate condition: a claim, header or parameter that it reads is not there")
 	errCost      = errors.New("evaluate condition: it costs more than the limit")
+	// ErrSpent says that the conditions before have cost what those of one
+	// request may cost.
+	ErrSpent = errors.New("evaluate condition: the conditions of this request cost more than the limit")
 	errOperation = errors.New("evaluate condition: an operation on these values is not possible")
 )
 
@@ -68,8 +75,14 @@ func evalError(err error) error {
 
 // Eval says whether the condition holds. An error (a claim that is not
 // there, a header that came twice, a cost over the limit) means that it
-// cannot be said: an allow rule then does not allow, a deny rule denies.
+// cannot be said: an allow rule then does not allow, a deny rule denies. The
+// conditions that are asked with one activation have one limit of cost, after
+// which each is ErrSpent.
 func (c *Condition) Eval(a *Activation) (bool, error) {
+	a.spent += uint64(askCost + headerCost*len(c.headers) + len(a.Request.Path)/pathUnit)
+	if a.spent > maxRequestCost {
+		return false, ErrSpent
+	}
 	vars := variables{Activation: a}
 	if len(c.headers) > 0 {
 		vars.headers = make(map[string]string, len(c.headers))
@@ -83,7 +96,12 @@ func (c *Condition) Eval(a *Activation) (bool, error) {
 			}
 		}
 	}
-	out, _, err := c.program.Eval(&vars)
+	out, details, err := c.program.Eval(&vars)
+	if cost := details.ActualCost(); cost != nil {
+		a.spent += *cost
+	} else {
+		a.spent += maxConditionCost
+	}
 	if err != nil {
 		return false, evalError(err)
 	}

@@ -3,6 +3,7 @@
 package pipeline
 
 import (
+	"strconv"
 	"strings"
 	"time"
 
@@ -82,6 +83,10 @@ type run struct {
 	object     []byte
 	sample     anomaly.Sample
 	steps      []flow.Step
+	left       int       // steps that are not among them
+	leftLast   flow.Step // the last of those
+	questions  int       // that the relation engine was asked
+	answerBy   time.Time // when it must have answered all of them
 }
 
 func (r *run) start(p *Pipeline, env Env, req *flow.Request, src *compile.Identity, api *compile.API, d *flow.Decision) {
@@ -111,13 +116,29 @@ func (r *run) release() {
 	clear(r.matches.Rules)
 	clear(r.steps)
 	r.steps = r.steps[:0]
+	r.left, r.leftLast, r.questions, r.answerBy = 0, flow.Step{}, 0, time.Time{}
 }
+
+// maxSteps bounds a trace: as many rules may speak of a call as a policy has.
+const maxSteps = 128
 
 func (r *run) finish() {
 	d := r.d
-	if d.Effect != flow.EffectAllow || r.p.tracing.Load() {
-		d.Steps = append(d.Steps, r.steps...)
+	if d.Effect == flow.EffectAllow && !r.p.tracing.Load() {
+		return
 	}
+	d.Steps = append(d.Steps, r.steps...)
+	if r.left == 0 {
+		return
+	}
+	last := r.leftLast
+	if r.left > 1 {
+		d.Steps = append(d.Steps, flow.Step{Stage: last.Stage, Detail: strconv.Itoa(r.left) + " steps are left out"})
+		if d.Effect != flow.EffectAllow {
+			last = flow.Step{Stage: d.Stage, Reason: d.Reason, Detail: d.Detail, Rule: d.Rule} // the one that it rests on
+		}
+	}
+	d.Steps = append(d.Steps, last)
 }
 
 // step notes what a stage found.
@@ -128,7 +149,13 @@ func (r *run) step(stage flow.Stage, reason flow.Reason, detail, rule string) {
 		took = now.Sub(r.last)
 		r.last = now
 	}
-	r.steps = append(r.steps, flow.Step{Stage: stage, Reason: reason, Detail: detail, Rule: rule, Took: took})
+	s := flow.Step{Stage: stage, Reason: reason, Detail: detail, Rule: rule, Took: took}
+	if len(r.steps) == maxSteps-2 {
+		r.left++
+		r.leftLast = s
+		return
+	}
+	r.steps = append(r.steps, s)
 }
 
 // refuse ends the decision; it returns false for the stages to return.

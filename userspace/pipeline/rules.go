@@ -15,8 +15,11 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/token"
 )
 
-// maxWait bounds what one decision waits for an issuer's keys.
-const maxWait = 5 * time.Second
+// Bounds of one decision.
+const (
+	maxWait      = 5 * time.Second // for an issuer's keys; for the relation engine in all
+	maxQuestions = 64              // to the relation engine
+)
 
 // rules finds the rule that allows; nil with true where none speaks of the
 // call and otherwise allows it.
@@ -49,7 +52,8 @@ func (r *run) rules() (*compile.Match, bool) {
 			r.name(m)
 			return m, true
 		}
-		if best == nil || f.stage > farthest.stage {
+		// That rules were not asked any more says more than what others lack.
+		if best == nil || farthest.detail != spent && (f.stage > farthest.stage || f.detail == spent) {
 			best, farthest = m, f
 		}
 	}
@@ -228,6 +232,9 @@ func (r *run) relation(rule *compile.Rule) finding {
 			detail := ""
 			if reason == flow.ReasonRelationUnavailable {
 				detail = "the relation engine gave no answer"
+				if r.questions > maxQuestions {
+					detail = "the rules before it asked as many relations as those of one request may"
+				}
 			}
 			return r.fail(rule, flow.StageRelation, reason, detail)
 		}
@@ -246,8 +253,16 @@ func (r *run) ask(model, rel string) (relation.Answer, flow.Reason) {
 	var answer relation.Answer
 	reason := flow.ReasonRelationUnavailable // unless it says otherwise
 	var err error
+	if r.questions++; r.questions > maxQuestions {
+		return answer, reason
+	}
+	if r.answerBy.IsZero() {
+		r.answerBy = time.Now().Add(maxWait)
+	}
 	r.env.Task.Block(func() {
-		answer, reason, err = r.p.opt.Relations.Check(context.Background(), model, user, rel, object)
+		ctx, cancel := context.WithDeadline(context.Background(), r.answerBy)
+		defer cancel()
+		answer, reason, err = r.p.opt.Relations.Check(ctx, model, user, rel, object)
 	})
 	if reason == flow.ReasonRelationUnavailable {
 		r.p.opt.Logger.Warn("ask relation engine", "model", model, "error", err)
@@ -258,9 +273,14 @@ func (r *run) ask(model, rel string) (relation.Answer, flow.Reason) {
 // text views b as a string for the time of a call that does not keep it.
 func text(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
+// spent is said of a condition after compile.ErrSpent.
+const spent = "`when` is not evaluated: the conditions before it cost what those of one request may cost"
+
 func (r *run) condition(rule *compile.Rule) finding {
 	ok, err := rule.When.Eval(&r.activation)
 	switch {
+	case errors.Is(err, compile.ErrSpent):
+		return r.fail(rule, flow.StageCondition, flow.ReasonConditionErr, spent)
 	case err != nil:
 		// What CEL says may quote a value of the request.
 		return r.fail(rule, flow.StageCondition, flow.ReasonConditionErr, "`when` cannot be evaluated for this request")
