@@ -54,12 +54,12 @@ type Condition struct {
 // What CEL itself says of an error may hold a parameter's or a claim's value;
 // these do not.
 var (
-	errNotBool   = errors.New("evaluate condition: the result is not a bool")
-	errMissing   = errors.New("evaluate condition: a claim, header or parameter that it reads is not there")
-	errCost      = errors.New("evaluate condition: it costs more than the limit")
+	errNotBool = errors.New("evaluate condition: the result is not a bool")
+	errMissing = errors.New("evaluate condition: a claim, header or parameter that it reads is not there")
+	errCost    = errors.New("evaluate condition: it costs more than the limit")
 	// ErrSpent says that the conditions before have cost what those of one
 	// request may cost.
-	ErrSpent = errors.New("evaluate condition: the conditions of this request cost more than the limit")
+	ErrSpent     = errors.New("evaluate condition: the conditions of this request cost more than the limit")
 	errOperation = errors.New("evaluate condition: an operation on these values is not possible")
 )
 
