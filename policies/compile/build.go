@@ -51,7 +51,7 @@ func Build(files []load.File, opt Options) (*Plan, []load.Problem) {
 func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c := &compiler{
 		set: set, trustDomain: cmp.Or(opt.TrustDomain, DefaultTrustDomain), anyDomain: opt.TrustDomain == "", domains: opt.Domains,
-		node: cmp.Or(opt.Node, "localhost"), now: time.Now(),
+		node: cmp.Or(opt.Node, "localhost"), now: time.Now(), tenant: opt.Tenant,
 		identities: make(map[string]*Identity), issuers: make(map[string]*Issuer), models: make(map[string]*Model), postures: make(map[string]*Posture),
 		names: make(map[reference]map[string][]string),
 	}
@@ -73,10 +73,11 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c.compilePostures()
 	c.compilePolicies()
 	c.compileTenancy(opt.Tenant)
+	problems := opt.Tenant.told(c.report.Problems())
 	if set.Failed || c.report.Failed() {
-		return nil, c.report.Problems()
+		return nil, problems
 	}
-	return c.plan, c.report.Problems()
+	return c.plan, problems
 }
 
 type compiler struct {
@@ -85,6 +86,7 @@ type compiler struct {
 	plan        *Plan
 	trustDomain string
 	anyDomain   bool
+	tenant      *Tenancy // nil for the node's own documents
 	domains     []string // of others, nil where they are not known
 	node        string
 	now         time.Time
@@ -131,13 +133,23 @@ func (c *compiler) dangling(pos load.Position, field string, kind reference, nam
 		c.report.Errorf(pos, "%s: no %s %q among the documents that could be read", field, kind, ref)
 		return
 	}
+	near, all := c.names[kind][namespace], c.names[kind][""]
+	if c.tenant != nil { // who is not told what else there is
+		near, all = nil, nil
+		for _, name := range c.names[kind][c.tenant.Namespace] {
+			all = append(all, c.tenant.Namespace+"/"+name)
+		}
+		if !c.tenant.stranger(namespace) {
+			near = c.names[kind][namespace]
+		}
+	}
 	if strings.Contains(ref, "/") {
-		c.report.Errorf(pos, "%s: no %s %q%s", field, kind, ref, c.report.Suggest(ref, c.names[kind][""]))
+		c.report.Errorf(pos, "%s: no %s %q%s", field, kind, ref, c.report.Suggest(ref, all))
 		return
 	}
-	hint := c.report.Suggest(ref, c.names[kind][namespace])
+	hint := c.report.Suggest(ref, near)
 	if hint.Name == "" && c.report.Suggests() {
-		for _, full := range c.names[kind][""] {
+		for _, full := range all {
 			if _, name, _ := strings.Cut(full, "/"); name == ref {
 				hint = load.Perhaps(full)
 				break

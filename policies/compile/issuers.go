@@ -25,7 +25,10 @@ const (
 )
 
 func (c *compiler) compileIssuers() {
-	byURL := make(map[string]*Issuer)
+	// Of a namespace: what it says of an issuer is its own, so that none can
+	// keep another from naming that issuer, nor vouch for it to others' rules.
+	type named struct{ namespace, url string }
+	byURL := make(map[named]*Issuer)
 	for _, d := range c.set.Issuers {
 		spec := &d.Value.Spec
 		i := &Issuer{
@@ -43,7 +46,7 @@ func (c *compiler) compileIssuers() {
 		c.distinct(&d.Document, "algorithms", spec.Algorithms)
 		c.distinct(&d.Document, "audiences", spec.Audiences)
 		c.distinct(&d.Document, "typ", spec.Typ)
-		switch other := byURL[i.URL]; {
+		switch other := byURL[named{i.Namespace, i.URL}]; {
 		case i.URL == "":
 			c.empty(&d.Document, "issuer", "spec", "issuer")
 		case len(i.URL) > maxIssuer || strings.ContainsAny(i.URL, " \t\n"):
@@ -51,7 +54,7 @@ func (c *compiler) compileIssuers() {
 		case other != nil:
 			c.report.Errorf(d.At("spec", "issuer"), "issuer: %s is already that of %s at %s", i.URL, other.FullName(), other.Position)
 		default:
-			byURL[i.URL] = i
+			byURL[named{i.Namespace, i.URL}] = i
 		}
 		c.claims(i, d)
 		c.jwks(i, d)

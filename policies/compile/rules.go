@@ -39,6 +39,7 @@ func (r *ruleSource) conditional() bool {
 }
 
 func (c *compiler) rules(a *API, d *policyDoc) {
+	errors := c.report.Errors()
 	names := make(map[string]int)
 	sources := make([]*ruleSource, 0, len(d.Value.Spec.Rules))
 	for i := range d.Value.Spec.Rules {
@@ -51,7 +52,9 @@ func (c *compiler) rules(a *API, d *policyDoc) {
 		a.Rules = append(a.Rules, r.Rule)
 	}
 	c.layOut(a, sources)
-	c.shadows(sources)
+	if c.report.Errors() == errors { // else they are not what was meant
+		c.shadows(sources)
+	}
 	a.decide(sources)
 	a.Headers = headersOf(sources)
 }
@@ -438,7 +441,7 @@ func (c *compiler) relation(a *API, r *ruleSource) {
 
 // askable holds a relation against its model.
 func (c *compiler) askable(rel *Relation, pos load.Position) {
-	if rel.Model == nil || rel.Model.Relations == nil {
+	if rel.Model == nil || rel.Model.Relations == nil || c.tenant.stranger(rel.Model.Namespace) {
 		return
 	}
 	m := rel.Model.Relations

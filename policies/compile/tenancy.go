@@ -28,6 +28,18 @@ type Tenancy struct {
 
 func (t *Tenancy) owns(d *load.Document) bool { return t.Context == nil || !t.Context(d.File()) }
 
+// stranger says whether a namespace is none of the tenant's. What is in it is
+// not suggested to the tenant.
+func (t *Tenancy) stranger(namespace string) bool { return t != nil && namespace != t.Namespace }
+
+// told leaves out what is warned of in documents that are not the tenant's.
+func (t *Tenancy) told(problems []load.Problem) []load.Problem {
+	if t == nil || t.Context == nil {
+		return problems
+	}
+	return slices.DeleteFunc(problems, func(p load.Problem) bool { return p.Severity == load.Warning && t.Context(p.File) })
+}
+
 // compileTenancy refuses what a tenant may not say.
 func (c *compiler) compileTenancy(t *Tenancy) {
 	if t == nil {

@@ -59,6 +59,9 @@ func (r *Report) Suggest(name string, candidates []string) Hint {
 // Suggests says whether suggestions are still made.
 func (r *Report) Suggests() bool { return len(r.problems) < maxSuggestions }
 
+// Errors returns how many errors there were.
+func (r *Report) Errors() int { return r.counts[Error] }
+
 // Failed says whether there was an error.
 func (r *Report) Failed() bool { return r.counts[Error] > 0 }
 

@@ -610,3 +610,32 @@ func TestRefusalsHoldNothingOfTheToken(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 }
+
+// TestTwoIssuersOfOneURL holds that two TokenIssuers may name the same iss,
+// and that neither's keys vouch for a token where the other is asked for.
+func TestTwoIssuersOfOneURL(t *testing.T) {
+	ours, theirs, now := newES256(t, "k"), newES256(t, "k"), time.Now()
+	v := newVerifier(t, ours)
+	if err := v.SetIssuer(Issuer{Name: "other/sso", URL: testURL, Algorithms: []string{"ES256"}, MaxLifetime: 15 * time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.SetKeys("other/sso", jwks(t, theirs.jwk()), now); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time they are cached
+		for name, signer := range map[string]*signer{testIssuer: ours, "other/sso": theirs} {
+			token := signer.sign(t, signer.header(), claimsAt(now))
+			for _, asked := range []string{testIssuer, "other/sso"} {
+				c := check()
+				c.Issuer = asked
+				want := flow.ReasonOK
+				if asked != name {
+					want = flow.ReasonTokenSignature
+				}
+				if _, reason, _ := v.Verify(token, c); reason != want {
+					t.Errorf("a token of %s where %s is asked for: %s, want %s", name, asked, reason, want)
+				}
+			}
+		}
+	}
+}
