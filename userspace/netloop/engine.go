@@ -83,8 +83,12 @@ type Stats struct {
 
 var cores = sync.OnceValue(func() int { return runtime.GOMAXPROCS(0) })
 
-// New starts an engine. On the epoll engine it raises GOMAXPROCS of the process to loops + 1: a waiting loop keeps its
-// scheduler slot for a few milliseconds, and without a spare one every goroutine beside the loops would wait as long.
+// waiting are the loops of all epoll engines of the process.
+var waiting atomic.Int64
+
+// New starts an engine. On the epoll engine it raises GOMAXPROCS of the process to its loops + 1, those of other engines
+// included: a waiting loop keeps its scheduler slot for a few milliseconds, and without a spare one every goroutine beside
+// the loops would wait as long.
 func New(opt Options) (*Engine, error) {
 	if opt.Loops == 0 {
 		opt.Loops = cores()
@@ -128,7 +132,7 @@ func New(opt Options) (*Engine, error) {
 		e.loops = append(e.loops, l)
 	}
 	if !opt.Goroutines {
-		if n := opt.Loops + 1; runtime.GOMAXPROCS(0) < n {
+		if n := int(waiting.Add(int64(opt.Loops))) + 1; runtime.GOMAXPROCS(0) < n {
 			runtime.GOMAXPROCS(n)
 		}
 		for _, l := range e.loops {
@@ -293,6 +297,9 @@ func (e *Engine) Close() error {
 		l.mu.Unlock()
 	}
 	e.wg.Wait()
+	if !e.opt.Goroutines {
+		waiting.Add(int64(-len(e.loops)))
+	}
 	close(e.closed)
 	return nil
 }

@@ -620,3 +620,37 @@ func TestBuffersAreUsedAgain(t *testing.T) {
 		})
 	})
 }
+
+// TestASlotIsLeftBesideTheLoops holds that goroutines have a scheduler slot
+// beside the loops of all engines of the process, each of which may keep its own
+// while it waits.
+func TestASlotIsLeftBesideTheLoops(t *testing.T) {
+	before := runtime.GOMAXPROCS(1)
+	t.Cleanup(func() { runtime.GOMAXPROCS(before) })
+	var engines []*netloop.Engine
+	loops := 0
+	for n := 1; n <= 3; n++ {
+		e, err := netloop.New(netloop.Options{Loops: n})
+		if err != nil {
+			t.Fatal(err)
+		}
+		engines = append(engines, e)
+		if loops += n; runtime.GOMAXPROCS(0) <= loops {
+			t.Errorf("%d slots for %d loops", runtime.GOMAXPROCS(0), loops)
+		}
+	}
+	for _, e := range engines {
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	runtime.GOMAXPROCS(1)
+	e, err := netloop.New(netloop.Options{Loops: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if n := runtime.GOMAXPROCS(0); n > loops {
+		t.Errorf("%d slots for one loop: those of ended engines are still counted", n)
+	}
+}
