@@ -104,6 +104,7 @@ type Rule struct {
 	From     []*Identity
 	Hosts    []string
 	Calls    []string
+	Upgrade  bool       // its requests may switch to WebSocket
 	Token    *TokenRule // nil: no token is asked for
 	Relation *Relation  // nil: no relation
 	When     *Condition // nil: no condition
@@ -181,6 +182,14 @@ const (
 	decidedAllow
 	decidedDeny
 )
+
+// AsksUpgrade says whether a caller's connection switches protocols only by
+// a rule with upgrade. Where identity alone decides, whatever the caller
+// sends is allowed, and connections go direct.
+func (a *API) AsksUpgrade(src *Identity) bool {
+	anything, _ := a.IdentityOnly(src)
+	return !anything
+}
 
 // IdentityOnly says whether the decision for callers of that identity
 // depends on nothing but the identity, and then whether it is allow. The

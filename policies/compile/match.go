@@ -228,6 +228,7 @@ func (n *node) insert(p *pattern, deny bool) *leaf {
 type Call struct {
 	Host, Method, Path string
 	GRPC               bool // it is a call of gRPC, over HTTP/2
+	Upgrade            bool // it asks to switch to WebSocket; rules that do not allow that speak of it all the same
 }
 
 // methodGRPC stands in the trees for the POST of a call of gRPC. No request's

@@ -20,7 +20,7 @@ import (
 type call struct {
 	src                string // NAMESPACE/NAME, "" without identity
 	host, method, path string // an opaque connection has no method
-	grpc               bool
+	grpc, upgrade      bool
 	length             int64
 }
 
@@ -82,12 +82,38 @@ func (n *naive) judge(c call) (j judgement) {
 				text += "!"
 			}
 			j.rules = append(j.rules, text)
-			denied, permitted = denied || deny && holds, permitted || !deny && holds
+			denied, permitted = denied || deny && holds, permitted || !deny && holds && (!c.upgrade || n.switches(r, c))
 		}
 	}
 	spoken := slices.ContainsFunc(j.rules, func(s string) bool { return !strings.HasPrefix(s, "deny") })
-	j.allowed = !denied && j.refusal == flow.ReasonOK && (permitted || !spoken && n.policy.Otherwise == "allow")
+	j.allowed = !denied && j.refusal == flow.ReasonOK && (permitted || !spoken && n.policy.Otherwise == "allow" && (!c.upgrade || n.anything(c)))
 	return j
+}
+
+// switches says whether a connection may switch protocols by a rule.
+func (n *naive) switches(r *v1alpha1.Rule, c call) bool {
+	return slices.Contains(r.Upgrade, "websocket") || n.anything(c)
+}
+
+// anything says that the documents ask for nothing of what the caller sends,
+// but for who it is: then it may be whatever bytes it likes.
+func (n *naive) anything(c call) bool {
+	if c.src == "" || n.policy.Protect.Protocol != "auto" || n.policy.Posture != "" {
+		return false
+	}
+	bare, asking := false, false
+	for i := range n.policy.Rules {
+		r := &n.policy.Rules[i]
+		if len(r.From) > 0 && !slices.ContainsFunc(r.From, func(ref string) bool { return in(n.namespace, ref) == c.src }) {
+			continue
+		}
+		if r.Effect == "deny" {
+			return false
+		}
+		plain := len(r.Hosts)+len(r.HTTP)+len(r.GRPC) == 0 && r.When == "" && r.Posture == ""
+		bare, asking = bare || plain, asking || !plain
+	}
+	return bare || !asking && n.policy.Otherwise == "allow"
 }
 
 // refusal is the ceiling: who is known must list the server in its mayCall.
@@ -280,7 +306,8 @@ func randomMethod(r *rand.Rand) string {
 	return pick(r, "s.S/", "s.T/", "a/") + pick(r, "M", "N", "*", "a")
 }
 
-func randomRule(r *rand.Rand, i int, grpcOnly bool) string {
+// randomRule writes a rule; a bare one names callers alone.
+func randomRule(r *rand.Rand, i int, grpcOnly, bare bool) string {
 	deny := r.IntN(4) == 0
 	var b strings.Builder
 	list := func(field string, items []string) {
@@ -302,11 +329,21 @@ func randomRule(r *rand.Rand, i int, grpcOnly bool) string {
 	if len(from) == 0 && !deny {
 		b.WriteString(", all: true")
 	}
-	list("hosts", pick(r, nil, nil, []string{"one"}, []string{"One", "two"}))
-	if !grpcOnly {
-		list("http", distinct(r.IntN(4), func() string { return randomPattern(r) }))
+	if bare {
+		return b.String() + "}\n"
 	}
-	list("grpc", distinct(max(0, r.IntN(6)-3), func() string { return randomMethod(r) }))
+	list("hosts", pick(r, nil, nil, []string{"one"}, []string{"One", "two"}))
+	var http []string
+	if !grpcOnly {
+		http = distinct(r.IntN(4), func() string { return randomPattern(r) })
+	}
+	grpc := distinct(max(0, r.IntN(6)-3), func() string { return randomMethod(r) })
+	list("http", http)
+	list("grpc", grpc)
+	opens := func(p string) bool { return !strings.HasPrefix(p, "POST ") }
+	if !deny && !grpcOnly && r.IntN(3) == 0 && (len(http)+len(grpc) == 0 || slices.ContainsFunc(http, opens)) {
+		list("upgrade", []string{"websocket"})
+	}
 	if r.IntN(3) == 0 {
 		fmt.Fprintf(&b, ", when: \"request.content_length < %d\"", r.IntN(4))
 	}
@@ -317,13 +354,17 @@ func randomRule(r *rand.Rand, i int, grpcOnly bool) string {
 }
 
 func randomPolicy(r *rand.Rand) string {
-	protocol := pick(r, "auto", "auto", "http", "grpc")
+	protocol, posture, rules := pick(r, "auto", "auto", "http", "grpc"), pick(r, "", "  posture: p\n", "  posture: other/p\n"), 1+r.IntN(12)
+	bare := r.IntN(4) == 0
+	if bare {
+		protocol, posture, rules = "auto", "", 1+r.IntN(2)
+	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "apiVersion: sallyport.dev/v1alpha1\nkind: APIPolicy\nmetadata: {name: api}\nspec:\n  protect: {identity: server, ports: [80], protocol: %s}\n  otherwise: %s\n",
 		protocol, pick(r, "deny", "allow"))
-	b.WriteString(pick(r, "", "  posture: p\n", "  posture: other/p\n") + "  rules:\n")
-	for i := range 1 + r.IntN(12) {
-		b.WriteString(randomRule(r, i, protocol == "grpc"))
+	b.WriteString(posture + "  rules:\n")
+	for i := range rules {
+		b.WriteString(randomRule(r, i, protocol == "grpc", bare))
 	}
 	return b.String()
 }
@@ -342,6 +383,7 @@ func randomCall(r *rand.Rand) call {
 		}
 	}
 	c.grpc = c.method == "POST" && r.IntN(4) > 0
+	c.upgrade = c.method == "GET" && r.IntN(2) == 0
 	return c
 }
 
@@ -355,7 +397,7 @@ func (j *judgement) byPlan(t *testing.T, plan *Plan, c call) {
 		}
 	}
 	var m Matches
-	api.Match(&m, src, Call{Host: c.host, Method: c.method, Path: c.path, GRPC: c.grpc})
+	api.Match(&m, src, Call{Host: c.host, Method: c.method, Path: c.path, GRPC: c.grpc, Upgrade: c.upgrade})
 	var denied, permitted, spoken bool
 	a := &Activation{Request: &flow.Request{Method: c.method, Path: c.path, Host: c.host, ContentLength: c.length}, Source: src}
 	for i := range m.Rules {
@@ -377,10 +419,11 @@ func (j *judgement) byPlan(t *testing.T, plan *Plan, c call) {
 			text += "!"
 		}
 		j.rules = append(j.rules, text)
-		denied, permitted, spoken = denied || r.Deny && holds, permitted || !r.Deny && holds, spoken || !r.Deny
+		switches := !c.upgrade || r.Upgrade || !api.AsksUpgrade(src)
+		denied, permitted, spoken = denied || r.Deny && holds, permitted || !r.Deny && holds && switches, spoken || !r.Deny
 	}
 	j.refusal = m.Refusal
-	j.allowed = !denied && m.Refusal == flow.ReasonOK && (permitted || !spoken && api.OtherwiseAllow)
+	j.allowed = !denied && m.Refusal == flow.ReasonOK && (permitted || !spoken && api.OtherwiseAllow && (!c.upgrade || !api.AsksUpgrade(src)))
 	if allow, decided := api.IdentityOnly(src); decided && allow != j.allowed {
 		t.Errorf("by identity alone %v, for this call %v", allow, j.allowed)
 	}
@@ -394,7 +437,7 @@ func TestPlanAgainstDocuments(t *testing.T) {
 	for seed := range uint64(policies) {
 		differ(t, seed, calls, seen)
 	}
-	for _, what := range []string{"allowed", "refused", "rules", "grpc", "posture", "opaque", "may_call", "otherwise", "idle"} {
+	for _, what := range []string{"allowed", "refused", "rules", "grpc", "posture", "opaque", "may_call", "otherwise", "upgrade", "no upgrade", "anything", "idle"} {
 		if seen[what] < calls {
 			t.Errorf("%s: %d calls only: the calls do not meet the policies", what, seen[what])
 		}
@@ -442,6 +485,17 @@ func differ(t *testing.T, seed uint64, calls int, seen map[string]int) {
 			}
 		}
 		count(seen, c, want)
+		if c.upgrade {
+			plain := c
+			plain.upgrade = false
+			for what, is := range map[string]bool{
+				"upgrade": want.allowed, "no upgrade": !want.allowed && n.judge(plain).allowed, "anything": want.allowed && n.anything(c),
+			} {
+				if is {
+					seen[what]++
+				}
+			}
+		}
 	}
 }
 

@@ -41,7 +41,7 @@ func (a *API) Near(src *Identity, c Call) []Miss {
 		for _, p := range [...]struct {
 			differs string
 			weight  int
-		}{{call, weight}, {r.missCaller(src), 2}, {r.missHost(c.Host), 1}} {
+		}{{call, weight}, {r.missCaller(src), 2}, {r.missHost(c.Host), 1}, {r.missUpgrade(a, src, c), 1}} {
 			if p.differs != "" {
 				one.Differs = append(one.Differs, p.differs)
 				one.weight += p.weight
@@ -86,6 +86,13 @@ func (r *Rule) missHost(host string) string {
 		return ""
 	}
 	return "hosts: " + named(r.Hosts)
+}
+
+func (r *Rule) missUpgrade(a *API, src *Identity, c Call) string {
+	if !c.Upgrade || r.Upgrade || !a.AsksUpgrade(src) {
+		return ""
+	}
+	return "upgrade: none"
 }
 
 // missCall tells what of a rule's methods and paths the request does not

@@ -37,12 +37,12 @@ func (r *Rule) Requires() (asks []string) {
 }
 
 // Fingerprint tells whether the rule asks for the same as one of another plan
-// does, with the issuers, models and profiles that it names: its effect, hosts
-// and all that Requires tells, but neither callers, methods nor paths.
+// does, with the issuers, models and profiles that it names: its effect, hosts,
+// upgrade and all that Requires tells, but neither callers, methods nor paths.
 func (r *Rule) Fingerprint() (sum [sha256.Size]byte) {
 	h := sha256.New()
 	e := json.NewEncoder(h)
-	write(e, r.Deny, r.Hosts, r.Requires())
+	write(e, r.Deny, r.Hosts, r.Upgrade, r.Requires())
 	r.named(e)
 	h.Sum(sum[:0])
 	return sum

@@ -3,6 +3,7 @@
 package compile
 
 import (
+	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -113,8 +114,8 @@ func (a *API) decide(sources []*ruleSource) {
 			flags[id] |= f
 		}
 	}
-	// Where requests are read or TLS ends anyway, what cannot be read is refused; what
-	// is scored or held depends on the request, and posture on the moment.
+	// Where requests are read or TLS ends anyway, what cannot be read is refused, and an
+	// upgrade that no rule lists; what is scored or held depends on the request, and posture on the moment.
 	reads := a.Protocol.reads() || a.AppTLS == AppTLSTerminate || a.Posture != nil || a.Anomaly != nil || a.Body.Inspect > 0
 	outcome := func(f uint8) decidedBy {
 		switch {
@@ -172,6 +173,7 @@ func (c *compiler) rule(a *API, d *policyDoc, i int) *ruleSource {
 	c.hosts(a, r)
 	c.patterns(a, r)
 	c.methods(a, r)
+	c.upgrade(a, r)
 	c.token(a, r)
 	c.relation(a, r)
 	c.condition(a, r)
@@ -332,6 +334,25 @@ func (c *compiler) methods(a *API, r *ruleSource) {
 		}
 		seen[s] = true
 	}
+}
+
+// upgrade reads what a connection may switch to: WebSocket is all there is.
+func (c *compiler) upgrade(a *API, r *ruleSource) {
+	if len(r.spec.Upgrade) == 0 {
+		return
+	}
+	c.distinct(&r.doc.Document, "upgrade", r.spec.Upgrade, "spec", "rules", r.index, "upgrade")
+	opens := func(p *pattern) bool { return !p.grpc && (p.method == "" || p.method == http.MethodGet) }
+	switch pos := r.key("upgrade"); {
+	case r.Deny:
+		c.report.Errorf(pos, "upgrade: a deny rule has from, hosts, http, grpc and when")
+	case a.Protocol == ProtocolGRPC:
+		c.report.Errorf(pos, "upgrade: cannot be with protocol: grpc; WebSocket begins with a request of HTTP/1.1")
+	case c.needsHTTP(a, pos, "upgrade") && len(r.patterns) == len(r.spec.HTTP)+len(r.spec.GRPC) &&
+		len(r.patterns) > 0 && !slices.ContainsFunc(r.patterns, opens):
+		c.report.Errorf(pos, "upgrade: WebSocket begins with GET, and nothing in http has that method")
+	}
+	r.Upgrade = true
 }
 
 func (c *compiler) token(a *API, r *ruleSource) {

@@ -94,8 +94,12 @@ func (s *shadows) twins(sources []*ruleSource) {
 
 func sorted(list []string) []string { return slices.Sorted(slices.Values(list)) }
 
-// covers says whether b speaks of every call that r speaks of.
+// covers says whether b speaks of every call that r speaks of, and lets it
+// switch protocols where r does.
 func (s *shadows) covers(b, r *ruleSource) bool {
+	if r.Upgrade && !b.Upgrade && !b.Deny {
+		return false
+	}
 	if len(b.from) > 0 && (len(r.from) == 0 || !s.all(len(r.from), func(i int) bool { return slices.Contains(b.from, r.from[i]) })) {
 		return false
 	}

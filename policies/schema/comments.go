@@ -111,7 +111,7 @@ var comments = map[string]string{
 	"Rule.Hosts":                        "Hosts are the hosts asked for (SNI where TLS is passed through); absent: any.",
 	"Rule.Name":                         "Name is unique in its policy.",
 	"Rule.Posture":                      "Posture is a PostureProfile that callers by this rule must satisfy, in place of the policy's.",
-	"Rule.Upgrade":                      "Upgrade lists the protocols that a connection may switch to (RFC 9110 section 7.8) after the application's 101; absent: none.",
+	"Rule.Upgrade":                      "Upgrade lists the protocols that a connection may switch to (RFC 9110 section 7.8) after the application's 101, beside the requests that the rule allows anyway; absent: none. WebSocket (RFC 6455) begins with GET, over HTTP/1.1.",
 	"Rule.When":                         "When is a CEL expression of type bool.",
 	"SBOM":                              "SBOM says that the software's bill of materials must be known.",
 	"SBOM.MaxAge":                       "MaxAge is how old it may be.",

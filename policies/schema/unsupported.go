@@ -22,7 +22,6 @@ var unsupported = map[string]bool{
 
 	"APIPolicySpec.onError=cached": true,
 	"App.tls=reencrypt":            true,
-	"Rule.upgrade":                 true,
 	"App.ca":                       true,
 	"Token.boundTo=dpop":           true,
 	"Token.boundTo=signature":      true,

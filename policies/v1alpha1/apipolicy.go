@@ -71,7 +71,9 @@ type Rule struct {
 	// GRPC are methods, package.Service/Method or package.Service/*.
 	GRPC []string `json:"grpc"`
 	// Upgrade lists the protocols that a connection may switch to (RFC 9110
-	// section 7.8) after the application's 101; absent: none.
+	// section 7.8) after the application's 101, beside the requests that the
+	// rule allows anyway; absent: none. WebSocket (RFC 6455) begins with GET,
+	// over HTTP/1.1.
 	Upgrade  []string  `json:"upgrade" oneof:"websocket"`
 	Token    *Token    `json:"token"`
 	Relation *Relation `json:"relation"`
