@@ -26,6 +26,7 @@ func FuzzRequest(f *testing.F) {
 		f.Add([]byte("GET " + c.target + " HTTP/1.1\r\n" + okFields + "\r\n"))
 	}
 	f.Add([]byte(benchRequest + "{}GET /next"))
+	f.Add([]byte(handshake + "\x81\x00"))
 	f.Add([]byte("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\nT: v\r\n\r\nGET / HTTP/1.1\r\n"))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r, err := readRequest(bytes.Clone(in))
@@ -52,6 +53,10 @@ func FuzzRequest(f *testing.F) {
 		if theirs.ContentLength != r.ContentLength {
 			t.Fatalf("length %d, net/http %d", r.ContentLength, theirs.ContentLength)
 		}
+		if r.Upgrade() && (theirs.Method != "GET" || theirs.Header.Get("Sec-WebSocket-Version") != "13" || !strings.EqualFold(theirs.Header.Get("Upgrade"), "websocket") ||
+			len(theirs.Header["Upgrade"])*len(theirs.Header["Sec-Websocket-Key"])*len(theirs.Header["Sec-Websocket-Version"]) != 1) {
+			t.Fatalf("taken for a handshake: %q", in)
+		}
 		ours, used, err := content(r.BodyFor(), in[r.Len:], len(in)+1)
 		if err != nil {
 			return
@@ -73,6 +78,7 @@ func FuzzResponse(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\nHTTP/1.1"), false)
 	f.Add([]byte("HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello"), true)
 	f.Add([]byte("HTTP/1.1 200 OK\r\nConnection: x, close\r\n\r\nuntil the end"), false)
+	f.Add([]byte(accepted), false)
 	f.Fuzz(func(t *testing.T, in []byte, head bool) {
 		r, err := readResponse(bytes.Clone(in))
 		if err != nil || r.Interim() {

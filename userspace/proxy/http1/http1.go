@@ -258,6 +258,7 @@ type Framing struct {
 	keepAlive  bool
 	coding     bool
 	nominates  bool // Connection names something else than close and keep-alive
+	upgrades   bool // and that is upgrade
 	underscore bool
 }
 
@@ -414,6 +415,7 @@ func (f *Framing) connectionField(value []byte) (goesOn bool, err error) {
 			return false, errConnection
 		default:
 			f.nominates = true
+			f.upgrades = f.upgrades || fold(option, "upgrade")
 		}
 		options++
 		if i < 0 {

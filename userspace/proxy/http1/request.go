@@ -14,7 +14,6 @@ var (
 	errTargetLong  = tooLarge("the request target is too long")
 	errForm        = badTarget("a target in none of the forms that are accepted")
 	errConnect     = &Error{flow.ReasonUpgrade, "CONNECT"}
-	errUpgrade     = &Error{flow.ReasonUpgrade, "an Upgrade field"}
 	errScheme      = badTarget("an absolute target with a scheme other than http")
 	errUserinfo    = badTarget("user information in a target")
 	errFragment    = badTarget("a fragment in a target")
@@ -46,7 +45,8 @@ type Request struct {
 	Expect    bool   // 100-continue
 
 	hosts   int
-	upgrade bool
+	upgrade bool   // there is a field that asks to switch protocols
+	key     []byte // of a handshake of WebSocket
 	scratch [MaxHost]byte
 }
 
@@ -54,7 +54,7 @@ type Request struct {
 func (r *Request) Parse(head []byte) error {
 	r.clear()
 	r.Method, r.Target, r.Path, r.Query, r.Authority, r.Host = nil, nil, nil, nil, nil, nil
-	r.Expect, r.hosts, r.upgrade = false, 0, false
+	r.Expect, r.hosts, r.upgrade, r.key = false, 0, false, nil
 	eol := bytes.IndexByte(head, '\r')
 	if eol < 0 || len(head) < eol+4 || head[eol+1] != '\n' {
 		return errRequestLine
@@ -70,7 +70,9 @@ func (r *Request) Parse(head []byte) error {
 		return err
 	}
 	if r.upgrade {
-		return errUpgrade
+		if err := r.handshake(); err != nil {
+			return err
+		}
 	}
 	return r.host(authority)
 }

@@ -8,7 +8,6 @@ import (
 
 var (
 	errStatusLine = malformed("the status line is not version SP three digits SP text")
-	errSwitch     = malformed("101 without an upgrade")
 	errNoContent  = malformed("a status without content that announces some")
 	errInterim    = malformed("an interim response that announces content")
 )
@@ -18,10 +17,16 @@ var (
 type Response struct {
 	Framing
 	Status int
+	// Accept is the Sec-WebSocket-Accept that a 101 must show, "" where none
+	// was asked for. It is the caller's to set; Parse leaves it.
+	Accept string
 }
 
 // Interim says whether another response to the same request follows.
-func (r *Response) Interim() bool { return r.Status < 200 }
+func (r *Response) Interim() bool { return r.Status < 200 && !r.Switches() }
+
+// Switches says whether what follows is not HTTP any more.
+func (r *Response) Switches() bool { return r.Status == 101 }
 
 // Parse reads a whole head, as Scan.End delimits it.
 func (r *Response) Parse(head []byte) error {
@@ -39,7 +44,7 @@ func (r *Response) Parse(head []byte) error {
 	}
 	switch {
 	case r.Status == 101:
-		return errSwitch
+		return r.switched()
 	case r.Status < 200 && (r.HasLength || r.coding):
 		return errInterim
 	case r.Status == 204 && (r.coding || r.ContentLength > 0):
