@@ -120,7 +120,7 @@ const (
 	ReasonTooLarge        Reason = "http_too_large" // a limit on line, header or body
 	ReasonTarget          Reason = "http_target"    // a target that is refused
 	ReasonHeaderAmbiguous Reason = "http_header"    // a header that a policy reads came more than once
-	ReasonUpgrade         Reason = "http_upgrade"   // an upgrade that no rule allows
+	ReasonUpgrade         Reason = "http_upgrade"   // CONNECT, an upgrade to something else than WebSocket, or one that no rule lists
 	ReasonNotHTTP         Reason = "not_http"       // a protocol: http port that is spoken to otherwise
 	ReasonNotGRPC         Reason = "not_grpc"       // a request other than a call of gRPC on a protocol: grpc port
 	ReasonTimeout         Reason = "timeout"        // header, body or idle

@@ -53,6 +53,7 @@ type Request struct {
 	Path        string // without query; no dot segment, no "//", no encoded slash
 	Query       string // raw, without "?"
 	Host        string // lower case, without port
+	Upgrade     bool   // it is the opening handshake of WebSocket
 	Headers     []Header
 	// ContentLength is in bytes, -1 when the body is chunked.
 	ContentLength int64

@@ -25,6 +25,8 @@ type decisionCase struct {
 	rule    string
 }
 
+func upgrade(r *flow.Request) { r.Upgrade = true }
+
 func decisionCases(w *world) []decisionCase {
 	req := w.request
 	account := header("X-Account", "a1")
@@ -68,6 +70,13 @@ func decisionCases(w *world) []decisionCase {
 		{"permissive, a rule with from", "shared", req("GET /inner", channel(flow.ChannelPlaintext), anonymous), flow.StageIdentity, flow.ReasonNoIdentity, ""},
 		{"otherwise allow", "odd", req("GET /else"), flow.StagePolicy, "", ""},
 		{"otherwise allow, a rule speaks of it", "odd", req("GET /items/8"), flow.StageRelation, flow.ReasonRelation, "items"},
+		{"upgrade by the rule that lists it", "odd", req("GET /live/7", upgrade), flow.StagePolicy, "", "live"},
+		{"the same without upgrade", "odd", req("GET /live/7"), flow.StagePolicy, "", "plain"},
+		{"upgrade, the rule that lists it explains", "odd", req("GET /live/closed", upgrade), flow.StageCondition, flow.ReasonCondition, "live"},
+		{"upgrade that a deny rule speaks of", "odd", req("GET /live/denied", upgrade), flow.StagePolicy, flow.ReasonDenyRule, "no-live"},
+		{"upgrade, otherwise allow", "odd", req("GET /else", upgrade), flow.StagePolicy, flow.ReasonUpgrade, ""},
+		{"upgrade that the rule does not list", "watched", req("GET /items/8", upgrade), flow.StagePolicy, flow.ReasonUpgrade, "items"},
+		{"upgrade that no rule speaks of", "watched", req("GET /else", upgrade), flow.StagePolicy, flow.ReasonNoRule, ""},
 		{"relation from the path", "odd", req("GET /items/7"), flow.StagePolicy, "", "items"},
 	}
 }
@@ -136,7 +145,7 @@ func TestReasonsReached(t *testing.T) {
 		flow.ReasonNoRule, flow.ReasonDenyRule, flow.ReasonMayCall, flow.ReasonCondition, flow.ReasonConditionErr,
 		flow.ReasonTokenMissing, flow.ReasonTokenPlace, flow.ReasonTokenMalformed, flow.ReasonTokenExpired, flow.ReasonTokenAudience,
 		flow.ReasonTokenIssuer, flow.ReasonTokenScope, flow.ReasonTokenUnbound, flow.ReasonTokenBinding, flow.ReasonTokenSignature,
-		flow.ReasonRelation, flow.ReasonRelationTemplate, flow.ReasonHeaderAmbiguous, flow.ReasonTarget,
+		flow.ReasonRelation, flow.ReasonRelationTemplate, flow.ReasonHeaderAmbiguous, flow.ReasonTarget, flow.ReasonUpgrade,
 	} {
 		if !reached[r] {
 			t.Errorf("no case reaches %s", r)

@@ -25,8 +25,9 @@ type Record struct {
 	Address       netip.AddrPort `json:"address,omitzero"` // that the client dialled
 	Protocol      string         `json:"protocol"`
 	Method        string         `json:"method,omitempty"`
-	Path          string         `json:"path,omitempty"` // template
-	Decision      string         `json:"decision"`       // flow.Effect
+	Path          string         `json:"path,omitempty"`    // template
+	Upgrade       string         `json:"upgrade,omitempty"` // that was asked for: websocket
+	Decision      string         `json:"decision"`          // flow.Effect
 	Mode          string         `json:"mode"`
 	WouldDeny     bool           `json:"wouldDeny,omitempty"`
 	Stage         string         `json:"stage"`
@@ -60,6 +61,9 @@ func (r *Record) fill(p *Pipeline, req *flow.Request, api *compile.API, d *flow.
 		Reason: d.Reason, Detail: d.Detail, LatencyMicros: o.Took.Microseconds(), Channel: req.Peer.Channel.String(),
 		Anchor: req.Peer.Anchor.String(), BytesIn: o.BytesIn, BytesOut: o.BytesOut,
 	}
+	if req.Upgrade {
+		r.Upgrade = "websocket"
+	}
 	if len(r.Method) > maxMethod {
 		r.Method = r.Method[:maxMethod]
 	}
@@ -83,6 +87,7 @@ func (r *Record) Append(b []byte) []byte {
 	b = appendText(b, "protocol", r.Protocol)
 	b = appendText(b, "method", r.Method)
 	b = appendText(b, "path", r.Path)
+	b = appendText(b, "upgrade", r.Upgrade)
 	b = appendText(b, "decision", r.Decision)
 	b = appendText(b, "mode", r.Mode)
 	if r.WouldDeny {

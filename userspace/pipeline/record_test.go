@@ -23,6 +23,7 @@ func TestRecord(t *testing.T) {
 	var d flow.Decision
 	src := w.identity("checkout")
 	w.p.Decide(w.env, r, src, w.api("payments"), &d)
+	r.Upgrade = true // of a handshake, as the record tells it
 	w.env.Loop.Record(r, w.api("payments"), &d, Outcome{Destination: w.identity("payments"), Took: 42 * time.Microsecond, BytesIn: 10, BytesOut: 20})
 	denied := w.request("DELETE /v1/payments/4711-secret", bearer(tok))
 	w.p.Decide(w.env, denied, src, w.api("payments"), &d)
@@ -51,7 +52,7 @@ func TestRecord(t *testing.T) {
 	}
 	want := Record{
 		Time: r.Time.UTC(), RequestID: r.ID, Node: "n1", Source: src.ID, Destination: w.identity("payments").ID, Client: r.Peer.Address,
-		Address: r.Destination, Protocol: "http", Method: "GET", Path: "/v1/payments/{id}", Decision: "allow", Mode: "enforce", Stage: "policy",
+		Address: r.Destination, Protocol: "http", Method: "GET", Path: "/v1/payments/{id}", Upgrade: "websocket", Decision: "allow", Mode: "enforce", Stage: "policy",
 		Policy: "shop/payments", Rule: "read", Position: d.Position, LatencyMicros: 42, Channel: "tunnel", Anchor: "tpm", BytesIn: 10, BytesOut: 20,
 	}
 	want.Position = allow.Position // checked by TestDecisions

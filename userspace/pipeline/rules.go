@@ -26,7 +26,7 @@ const (
 func (r *run) rules() (*compile.Match, bool) {
 	req := r.req
 	r.activation = compile.Activation{Request: req, Source: r.src, Time: r.now}
-	r.api.Match(&r.matches, r.src, compile.Call{Host: req.Host, Method: req.Method, Path: req.Path, GRPC: req.Protocol == flow.ProtocolGRPC})
+	r.api.Match(&r.matches, r.src, compile.Call{Host: req.Host, Method: req.Method, Path: req.Path, GRPC: req.Protocol == flow.ProtocolGRPC, Upgrade: req.Upgrade})
 	for i := range r.matches.Rules {
 		if m := &r.matches.Rules[i]; m.Rule.Deny && r.denies(m) {
 			return nil, false
@@ -40,11 +40,19 @@ func (r *run) rules() (*compile.Match, bool) {
 		r.refuse(stage, reason, "")
 		return nil, false
 	}
+	asks := req.Upgrade && r.api.AsksUpgrade(r.src)
 	var best *compile.Match
 	var farthest finding
 	for i := range r.matches.Rules {
 		m := &r.matches.Rules[i]
 		if m.Rule.Deny {
+			continue
+		}
+		if asks && !m.Rule.Upgrade {
+			f := r.fail(m.Rule, flow.StagePolicy, flow.ReasonUpgrade, "the rule lists no upgrade")
+			if best == nil {
+				best, farthest = m, f
+			}
 			continue
 		}
 		f := r.satisfied(m)
@@ -53,7 +61,7 @@ func (r *run) rules() (*compile.Match, bool) {
 			return m, true
 		}
 		// That rules were not asked any more says more than what others lack.
-		if best == nil || farthest.detail != spent && (f.stage > farthest.stage || f.detail == spent) {
+		if best == nil || farthest.detail != spent && (f.stage > farthest.stage || farthest.reason == flow.ReasonUpgrade || f.detail == spent) {
 			best, farthest = m, f
 		}
 	}
@@ -61,6 +69,8 @@ func (r *run) rules() (*compile.Match, bool) {
 	case best != nil:
 		r.name(best)
 		r.conclude(farthest)
+	case r.api.OtherwiseAllow && asks:
+		r.refuse(flow.StagePolicy, flow.ReasonUpgrade, "no rule allows the upgrade, and otherwise allows none")
 	case r.api.OtherwiseAllow:
 		if f := r.policyPosture(""); f.reason != flow.ReasonOK {
 			r.conclude(f)

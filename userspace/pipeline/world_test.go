@@ -177,6 +177,9 @@ spec:
   otherwise: allow
   rules:
     - {name: items, from: [checkout], http: ["GET /items/{id}"], relation: "service:{source.name} caller endpoint:{param.id}"}
+    - {name: plain, from: [checkout], http: ["GET /live/{id}"]}
+    - {name: live, from: [checkout], http: ["GET /live/{id}"], upgrade: [websocket], when: params.id != 'closed'}
+    - {name: no-live, effect: deny, http: [GET /live/denied]}
   anomaly: {revoke: 0.02, warmup: {requests: 200, identities: 1}}
 `
 
