@@ -333,7 +333,7 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 			return // it was parsed before
 		}
 		req.Method, req.Path, req.Query, req.Host = text(h.Method), text(h.Path), text(h.Query), text(h.Host)
-		req.Headers, req.ContentLength = h.Fields, h.ContentLength
+		req.Headers, req.ContentLength, req.Upgrade = h.Fields, h.ContentLength, h.Upgrade()
 	}
 	var d flow.Decision
 	env := pipeline.Env{Loop: c.l.judge, Task: t}

@@ -399,6 +399,12 @@ func held(t *testing.T, ctx context.Context, conn *grpc.ClientConn, e *echoServi
 // mints returns a token of the issuer that the policies name.
 func (n *node) mints(t testing.TB) string {
 	t.Helper()
+	return n.mintsUntil(t, time.Now().Add(5*time.Minute))
+}
+
+// mintsUntil is mints with the token's end.
+func (n *node) mintsUntil(t testing.TB, end time.Time) string {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -420,7 +426,7 @@ func (n *node) mints(t testing.TB) string {
 	}
 	now := time.Now()
 	minted := jwt.NewWithClaims(jwt.SigningMethodES256, jwt.MapClaims{"iss": "https://sso.t.example", "sub": "alice", "aud": "server", "client_id": "c",
-		"jti": "t1", "iat": now.Unix(), "exp": now.Add(5 * time.Minute).Unix()})
+		"jti": "t1", "iat": now.Unix(), "exp": end.Unix()})
 	minted.Header["kid"], minted.Header["typ"] = "k1", "at+jwt"
 	signed, err := minted.SignedString(key)
 	if err != nil {

@@ -113,6 +113,11 @@ func (c *call) passOn() {
 		abort(c.client)
 		return
 	}
+	c.relayRest()
+}
+
+// relayRest carries what was received and what comes, both ways.
+func (c *call) relayRest() {
 	if c.w > c.r {
 		if _, err := c.upstream.Write(c.buf[c.r:c.w]); err != nil {
 			return
@@ -158,6 +163,7 @@ func (c *call) serveRequest() bool {
 	}
 	// What inspect received may have moved the head.
 	req.Path, req.Query, req.Host, req.Headers, req.ContentLength = text(h.Path), text(h.Query), text(h.Host), h.Fields, h.ContentLength
+	req.Upgrade = h.Upgrade()
 	c.p.opt.Pipeline.Decide(c.env(), req, c.src, c.api, &c.d)
 	if c.reason != flow.ReasonOK {
 		return false
@@ -314,7 +320,13 @@ func (c *call) exchange() bool {
 	if err != nil {
 		return c.stop(err)
 	}
-	begin := c.head.Compact(c.buf, c.r, c.add)
+	add := c.add
+	if c.resp.Accept = c.head.Accept(); c.resp.Accept != "" {
+		c.head.DropConnection()
+		c.scratch = append(append(c.scratch[:0], add...), http1.SwitchLines...)
+		add = c.scratch
+	}
+	begin := c.head.Compact(c.buf, c.r, add)
 	// The head's storage is void now.
 	c.req.Path, c.req.Query, c.req.Host, c.req.Headers, c.req.Body = "", "", "", nil, nil
 	head := c.req.Method == "HEAD"
@@ -332,6 +344,10 @@ func (c *call) exchange() bool {
 		c.t.Go(c.pump)
 	}
 	keep, err := c.respond(head)
+	if errors.Is(err, errSwitched) {
+		c.relayRest()
+		return false
+	}
 	if c.pumping {
 		keep = false
 		c.stopPump()

@@ -27,6 +27,10 @@ var errInterim = &http1.Error{Reason: flow.ReasonUpstream, Text: "too many inter
 // errEnded ends an exchange about which everything has been said.
 var errEnded = errors.New("the exchange has ended")
 
+// errSwitched ends what is HTTP of a connection that the application has
+// switched to another protocol.
+var errSwitched = errors.New("the connection has switched protocols")
+
 // response is the buffer of one exchange's answer.
 type response struct {
 	c       *call
@@ -60,6 +64,9 @@ func (a *response) relay(head bool) (bool, error) {
 			}
 			c.broken(err)
 			return false, errEnded
+		}
+		if c.resp.Switches() {
+			return false, a.switched()
 		}
 		if !c.resp.Interim() {
 			break
@@ -236,12 +243,27 @@ func (a *response) passOn(err error) {
 		a.passRest()
 		return
 	}
-	if c.w > c.r {
-		if _, err := c.upstream.Write(c.buf[c.r:c.w]); err != nil {
-			return
-		}
+	c.relayRest()
+}
+
+// switched tells the client that the application has switched protocols as
+// it was asked to, with what that says first in the new one. From here on
+// the exchange lasts.
+func (a *response) switched() error {
+	c := a.c
+	if !a.lasting {
+		a.last()
 	}
-	c.relay(c.upstream)
+	if c.reason != flow.ReasonOK {
+		return errEnded
+	}
+	c.record(0, 0)
+	c.resp.DropConnection()
+	begin := c.resp.Compact(a.buf, a.r, []byte(http1.SwitchLines))
+	if err := a.write(a.buf[begin:a.w]); err != nil {
+		return err
+	}
+	return errSwitched
 }
 
 // passRest carries what comes from the application, up to its end, and waits
