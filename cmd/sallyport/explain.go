@@ -49,6 +49,7 @@ policy tests.`,
 	f.StringVar(&e.to, "to", "", "who is called: NAME or NAMESPACE/NAME")
 	f.Uint16Var(&e.port, "port", 0, "port that is called (default: the only one)")
 	f.StringVar(&e.channel, "channel", "", "kernel, tunnel, tls or plaintext (default: tunnel; plaintext from none)")
+	f.StringVar(&e.upgrade, "upgrade", "", "what the request asks to switch to: websocket")
 	f.StringVar(&e.host, "host", "", "host that is asked for, or SNI")
 	f.StringArrayVar(&e.headers, "header", nil, "field line, 'Name: value'")
 	f.StringVar(&e.body, "body", "", "content")
@@ -123,9 +124,9 @@ type explainer struct {
 	socket   *string
 	out      *format
 
-	from, to, channel, host, body, token, posture, now string
-	port                                               uint16
-	headers, tuples                                    []string
+	from, to, channel, upgrade, host, body, token, posture, now string
+	port                                                        uint16
+	headers, tuples                                             []string
 }
 
 // flags are those that describe a call, as fields of a trial.Call written in
@@ -146,7 +147,7 @@ func (e *explainer) flags() map[string]string {
 		return string(b)
 	}
 	m := map[string]string{
-		"from": quoted(e.from), "to": quoted(e.to), "channel": quoted(e.channel), "host": quoted(e.host), "header": list(e.headers),
+		"from": quoted(e.from), "to": quoted(e.to), "channel": quoted(e.channel), "upgrade": quoted(e.upgrade), "host": quoted(e.host), "header": list(e.headers),
 		"body": quoted(e.body), "token": e.token, "posture": e.posture, "now": quoted(e.now), "port": "", "tuple": "",
 	}
 	if e.port != 0 {

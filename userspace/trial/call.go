@@ -27,6 +27,9 @@ type Call struct {
 	HTTP string `json:"http"`
 	// GRPC is a call of gRPC, "package.Service/Method"; absent: see http.
 	GRPC string `json:"grpc"`
+	// Upgrade is what the request asks to switch to; absent: nothing. The
+	// fields of the handshake come with it.
+	Upgrade string `json:"upgrade" oneof:"websocket"`
 	// Host is the host asked for, or the SNI of a connection; absent: the only
 	// one that the policy's rules name, else the called identity's name.
 	Host string `json:"host"`
@@ -106,6 +109,7 @@ func (c Call) over(d *Call) Call {
 	if c.HTTP != "" || c.GRPC != "" { // one takes the place of the other
 		out.HTTP, out.GRPC = c.HTTP, c.GRPC
 	}
+	set(&out.Upgrade, c.Upgrade)
 	set(&out.Host, c.Host)
 	set(&out.Body, c.Body)
 	set(&out.Token, c.Token)

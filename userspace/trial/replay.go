@@ -299,11 +299,18 @@ const (
 
 func (r *Replay) rules(rec *pipeline.Record, old, new scene) finding {
 	var allows, denies, may []*compile.Rule // certainly alone; perhaps
+	// Where connections are read otherwise, it cannot be told anyway.
+	asks := rec.Upgrade != "" && old.api != nil && old.api.Protocol == new.api.Protocol && new.api.AsksUpgrade(new.src)
+	var refused finding // by a rule that lists no upgrade
 	for _, rule := range new.api.Rules {
 		m := r.meets(rec, old, new.src, rule)
 		certain := m == yes && len(rule.Requires()) == 0
 		switch {
 		case m == no:
+		case asks && !rule.Deny && !rule.Upgrade:
+			if refused.rule == nil || m == yes && refused.why != "" {
+				refused = noUpgrade(rule, m)
+			}
 		case !certain:
 			may = append(may, rule)
 		case rule.Deny:
@@ -320,6 +327,10 @@ func (r *Replay) rules(rec *pipeline.Record, old, new scene) finding {
 	switch {
 	case len(allows) > 0 && !mayDeny:
 		return finding{rule: allows[0]}
+	case len(may) == 0 && refused.rule != nil:
+		return refused
+	case len(may) == 0 && asks && new.api.OtherwiseAllow:
+		return finding{deny: true, reason: flow.ReasonUpgrade}
 	case len(may) == 0 && new.api.OtherwiseAllow:
 		return finding{}
 	case len(may) == 0 && rec.Source == "":
@@ -328,6 +339,15 @@ func (r *Replay) rules(rec *pipeline.Record, old, new scene) finding {
 		return finding{deny: true, reason: flow.ReasonNoRule}
 	}
 	return r.dependent(rec, old, may, mayDeny)
+}
+
+// noUpgrade is the finding on a call that an allow rule speaks of, or may
+// speak of, and does not let switch protocols.
+func noUpgrade(rule *compile.Rule, m meets) finding {
+	if m == maybe {
+		return finding{rule: rule, why: "rule " + rule.Name + " lists no upgrade, if it speaks of the call at all"}
+	}
+	return finding{deny: true, reason: flow.ReasonUpgrade, rule: rule}
 }
 
 // dependent judges a call whose end depends on what a record does not hold:

@@ -87,6 +87,12 @@ var replaySets = map[string]string{
 	"renamed":       caller("") + policy("enforce", "\n    - {name: items, from: [app], http: [GET /items]}\n    - {name: list, from: [app], http: [\"GET /docs/{doc}\"]}"),
 	"posture":       caller("") + profile + policy("enforce", "\n    - {name: list, from: [app], http: [GET /items]}") + "  posture: prod\n",
 	"posture rule":  caller("") + profile + policy("enforce", "\n    - {name: list, from: [app], http: [GET /items], posture: prod}\n    - {name: item, from: [app], http: [\"GET /items/{id}\"]}"),
+	"live":          caller("") + policy("enforce", live("[websocket]")),
+	"not live":      caller("") + policy("enforce", strings.ReplaceAll(live(""), ", upgrade: ", "")),
+	"live by token": caller("") + policy("enforce", strings.Replace(live("[websocket]"), "upgrade", "token: {issuer: sso, audience: items}, upgrade", 1)),
+	"live, other":   caller("") + policy("enforce", live("[websocket]")) + "  otherwise: allow\n",
+	"live, scored":  caller("") + strings.Replace(policy("enforce", "\n    - {name: list, from: [app]}"), ", protocol: http", ", protocol: auto", 1) + "  anomaly: {warn: 0.1}\n",
+	"any bytes":     caller("") + strings.Replace(policy("enforce", "\n    - {name: list, from: [app]}"), ", protocol: http", ", protocol: auto", 1),
 	"elsewhere":     caller("") + `{apiVersion: sallyport.dev/v1alpha1, kind: APIPolicy, metadata: {name: api}, spec: {protect: {identity: server, ports: [81]}, rules: [{name: list, from: [app]}]}}` + "\n",
 	"tuples":        caller("") + policy("enforce", "\n    - {name: related, from: [app], http: [\"GET /docs/{doc}\"], relation: \"user:{source.name} can_pay account:{param.doc}\"}"),
 	"tuples, other": caller("") + policy("enforce", "\n    - {name: related, from: [app], http: [\"GET /docs/{doc}\"], relation: \"user:{source.name} can_pay account:{param.doc}\"}"),
@@ -95,6 +101,13 @@ var replaySets = map[string]string{
 const profile = `{apiVersion: sallyport.dev/v1alpha1, kind: PostureProfile, metadata: {name: prod}, spec: {node: {secureBoot: true}}}
 ---
 `
+
+func live(upgrade string) string {
+	return `
+    - {name: list, from: [app], http: ["GET /items/{id}"], upgrade: ` + upgrade + `}
+    - {name: docs, from: [app], http: ["GET /docs/**"]}
+    - {name: hosted, from: [app], hosts: [a.example], upgrade: ` + upgrade + `}`
+}
 
 func caller(more string) string {
 	return `{apiVersion: sallyport.dev/v1alpha1, kind: MachineIdentity, metadata: {name: app}, spec: {owner: a@b.example, ` + more +
@@ -139,6 +152,17 @@ const replayCalls = `
 {from: app, to: server, port: 80, http: GET /docs/a-1/part}
 {from: app, to: server, port: 80, http: GET /nothing}
 {from: app, to: server, port: 80, http: GET /items/../x}
+{from: app, to: server, port: 80, http: GET /items, upgrade: websocket}
+{from: app, to: server, port: 80, http: GET /items/1, upgrade: websocket}
+{from: app, to: server, port: 80, http: GET /items/1, upgrade: websocket, token: {issuer: sso, audience: items}}
+{from: app, to: server, port: 80, http: GET /items/debug, upgrade: websocket}
+{from: app, to: server, port: 80, http: GET /docs/a-1, upgrade: websocket}
+{from: app, to: server, port: 80, http: GET /hosted, host: a.example, upgrade: websocket}
+{from: app, to: server, port: 80, http: GET /hosted, host: b.example, upgrade: websocket}
+{from: app, to: server, port: 80, http: GET /nothing, upgrade: websocket}
+{from: app, to: server, port: 80, http: POST /items, upgrade: websocket}
+{from: guest, to: server, port: 80, http: GET /items/1, upgrade: websocket}
+{from: none, to: server, port: 80, http: GET /items/1, upgrade: websocket}
 {from: guest, to: server, port: 80, http: GET /items}
 {from: guest, to: server, port: 80, http: GET /items/debug}
 {from: none, to: server, port: 80, http: GET /items}
@@ -228,6 +252,25 @@ func TestReplay(t *testing.T) {
 	}
 }
 
+// TestReplayedUpgradeWithoutRequests holds that nothing is told of an upgrade
+// where connections are not read any more.
+func TestReplayedUpgradeWithoutRequests(t *testing.T) {
+	var plans []*compile.Plan
+	for _, text := range []string{replaySets["live"], caller("") + strings.Replace(policy("enforce", "\n    - {name: list, from: [app], when: \"source.name != ''\"}"), "http", "tcp", 1)} {
+		p, problems := compile.Build([]load.File{{Path: "p.yaml", Content: []byte(replayHead + text)}, {Path: "shop.fga", Content: []byte("model\n  schema 1.1\ntype user\n")}},
+			compile.Options{TrustDomain: "example.org", Node: "n"})
+		if p == nil {
+			t.Fatal(problems)
+		}
+		plans = append(plans, p)
+	}
+	rec := pipeline.Record{Source: "spiffe://example.org/app", Destination: "spiffe://example.org/server", Address: netip.MustParseAddrPort("192.0.2.9:80"), Method: "GET",
+		Path: "/items/{id}", Upgrade: "websocket", Decision: "allow", Stage: "policy", Policy: "default/api", Rule: "list", Channel: "tunnel"}
+	if got, ok := trial.NewReplay(plans[0], plans[1], flow.ModeEnforce, time.Now()).Judge(&rec); !ok || got.After != trial.Untold {
+		t.Errorf("%+v", got)
+	}
+}
+
 func replaceLines(s string) string {
 	out := ""
 	for _, c := range s {
@@ -254,8 +297,12 @@ func recordOf(t *testing.T, tr *trial.Trial, call *trial.Call) (pipeline.Record,
 		t.Fatal(err)
 	}
 	d := &out.Decision
+	upgrade := ""
+	if c.Upgrade {
+		upgrade = "websocket"
+	}
 	return pipeline.Record{
-		Source: c.Peer().ID, Destination: c.Target.ID, Address: netip.AddrPortFrom(netip.MustParseAddr("192.0.2.9"), c.Port), Method: c.Method,
+		Upgrade: upgrade, Source: c.Peer().ID, Destination: c.Target.ID, Address: netip.AddrPortFrom(netip.MustParseAddr("192.0.2.9"), c.Port), Method: c.Method,
 		Path: d.Template, Decision: d.Effect.String(), WouldDeny: d.WouldDeny(), Stage: d.Stage.String(), Policy: d.Policy, Rule: d.Rule,
 		Position: d.Position, Reason: d.Reason, Channel: c.Peer().Channel.String(),
 	}, true

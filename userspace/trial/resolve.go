@@ -46,7 +46,7 @@ type Resolved struct {
 	// Method, Path and Host are what is asked for; Method is "" for an opaque
 	// connection.
 	Method, Path, Host string
-	GRPC               bool
+	GRPC, Upgrade      bool
 	Port               uint16
 	// Assumed says what the description left open.
 	Assumed []string
@@ -67,7 +67,7 @@ type Resolved struct {
 
 // Call is what is asked for, as policies match it.
 func (c *Resolved) Call() compile.Call {
-	return compile.Call{Host: c.Host, Method: c.Method, Path: c.Path, GRPC: c.GRPC}
+	return compile.Call{Host: c.Host, Method: c.Method, Path: c.Path, GRPC: c.GRPC, Upgrade: c.Upgrade}
 }
 
 // caller names who calls, for a token.
@@ -278,6 +278,11 @@ func (r *resolver) fields() {
 	if r.in.HTTP == "" && r.in.GRPC == "" && (len(r.in.Headers) > 0 || r.in.Body != "" || r.in.Token != nil) {
 		r.fault([]any{"http"}, "is missing; headers, body and token belong to a request")
 	}
+	if r.in.Upgrade != "" {
+		if r.out.Upgrade = true; r.in.HTTP == "" {
+			r.fault([]any{"upgrade"}, "goes with http, which begins it")
+		}
+	}
 	for i, line := range r.in.Headers {
 		name, _, ok := strings.Cut(line, ":")
 		switch {
@@ -420,6 +425,9 @@ func (r *resolver) model(i int, name string) *compile.Model {
 	return nil
 }
 
+// handshake is what a client of WebSocket writes (RFC 6455, section 1.3).
+var handshake = []string{"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="}
+
 // read writes the request out and reads it as the proxy does.
 func (c *Resolved) read(req *flow.Request, headers []string) error {
 	req.Host = c.Host
@@ -433,6 +441,9 @@ func (c *Resolved) read(req *flow.Request, headers []string) error {
 	if c.GRPC {
 		req.Protocol = flow.ProtocolGRPC
 		headers = append([]string{"Content-Type: application/grpc"}, headers...)
+	}
+	if c.Upgrade {
+		headers = append(slices.Clone(handshake), headers...)
 	}
 	var raw bytes.Buffer
 	fmt.Fprintf(&raw, "%s %s HTTP/1.1\r\nHost: %s\r\n", c.Method, c.target, c.Host)
@@ -459,7 +470,7 @@ func (c *Resolved) read(req *flow.Request, headers []string) error {
 		return err
 	}
 	req.Path, req.Query, req.Host = string(head.Path), string(head.Query), string(head.Host)
-	req.Headers, req.ContentLength, req.Body = head.Fields, head.ContentLength, []byte(c.body)
+	req.Headers, req.ContentLength, req.Body, req.Upgrade = head.Fields, head.ContentLength, []byte(c.body), head.Upgrade()
 	if c.GRPC {
 		req.ContentLength = -1 // of which clients say nothing
 	}

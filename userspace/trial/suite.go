@@ -28,7 +28,7 @@ type Case struct {
 	// Name is unique in its file.
 	Name string `json:"name" required:"true"`
 	// Without lists defaults that do not hold for this case.
-	Without []string `json:"without" oneof:"port|channel|http|grpc|host|headers|body|token|posture|tuples|now"`
+	Without []string `json:"without" oneof:"port|channel|http|grpc|upgrade|host|headers|body|token|posture|tuples|now"`
 	Expect  Expect   `json:"expect" required:"true"`
 }
 
@@ -121,6 +121,8 @@ func (c *Call) drop(field string) {
 		c.HTTP = ""
 	case "grpc":
 		c.GRPC = ""
+	case "upgrade":
+		c.Upgrade = ""
 	case "host":
 		c.Host = ""
 	case "headers":

@@ -256,6 +256,67 @@ cases:
 	}
 }
 
+// TestUpgrade holds described handshakes against rules with and without
+// upgrade, as the pipeline judges them.
+func TestUpgrade(t *testing.T) {
+	p, problems := compile.Build([]load.File{{Path: "live.yaml", Content: []byte(`
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: a, namespace: shop}
+spec: {owner: a@b.example, select: {systemd: {unit: a.service}}, mayCall: [s]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: s, namespace: shop}
+spec: {owner: a@b.example, select: {systemd: {unit: s.service}}, endpoints: ["192.0.2.9:1", "192.0.2.9:2"]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: live, namespace: shop}
+spec:
+  protect: {identity: s, ports: [1], protocol: http}
+  rules:
+    - {name: live, from: [a], http: ["* /live"], upgrade: [websocket]}
+    - {name: plain, from: [a], http: ["* /plain"]}
+    - {name: none, effect: deny, http: ["* /live/denied"]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: any, namespace: shop}
+spec: {protect: {identity: s, ports: [2]}, rules: [{name: any, from: [a]}]}
+`)}}, compile.Options{})
+	if load.HasErrors(problems) {
+		t.Fatal(problems)
+	}
+	tr := begin(t, p)
+	tests, problems := tr.Tests(load.File{Path: "live_test.yaml", Content: []byte(`
+defaults: {from: a, to: s, port: 1, http: GET /live, upgrade: websocket}
+cases:
+  - {name: listed, expect: {decision: allow, rule: live}}
+  - {name: without, without: [upgrade], expect: {decision: allow, rule: live}}
+  - {name: not listed, http: GET /plain, expect: {decision: deny, reason: http_upgrade, stage: policy, rule: plain}}
+  - {name: denied, http: GET /live/denied, expect: {decision: deny, reason: deny_rule}}
+  - {name: no rule, http: GET /else, expect: {decision: deny, reason: no_rule}}
+  - {name: no handshake, http: POST /live, expect: {decision: deny, reason: http_upgrade, stage: protocol}}
+  - {name: content, body: x, expect: {decision: deny, reason: http_upgrade, stage: protocol}}
+  - {name: by hand, without: [upgrade], headers: ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 8", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="], expect: {decision: deny, reason: http_upgrade, stage: protocol}}
+  - {name: twice, headers: ["Upgrade: h2c"], expect: {decision: deny, reason: http_upgrade, stage: protocol}}
+  - {name: by identity alone, port: 2, expect: {decision: allow, rule: any}}
+`)})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	for _, one := range tests {
+		r, err := tr.Run(t.Context(), one)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Differs != "" {
+			t.Errorf("%s: %s: %+v", one.Name, r.Differs, r.Outcome.Decision)
+		}
+	}
+}
+
 func TestFactsThatFallShort(t *testing.T) {
 	if !relation.Built {
 		t.Skip("built without the relation engine")
@@ -296,6 +357,9 @@ func TestFaults(t *testing.T) {
 		{"from: checkout, to: payments, http: GET /, headers: [\"Host: x\"]", `write host: for it`},
 		{"from: checkout, to: guarded, http: GET /, token: {scopes: [x]}", `no rule of the policy asks for a token`},
 		{"from: checkout, to: payments, http: GET /, token: {issuer: ssso}", `no TokenIssuer "ssso" (did you mean "sso"?)`},
+		{"from: checkout, to: payments, grpc: a.B/C, upgrade: websocket", `upgrade: goes with http`},
+		{"from: checkout, to: db, upgrade: websocket", `upgrade: goes with http`},
+		{"from: checkout, to: payments, http: GET /, upgrade: h2c", `is not one of websocket`},
 		{"from: checkout, to: db, token: {issuer: sso}", `belong to a request`},
 		{"from: checkout, to: db, tuples: [{user: x, relation: owner, object: \"account:1\"}]", `the user is not TYPE:ID`},
 		{"from: checkout, to: db, tuples: [{user: \"user:x\", relation: ownr, object: \"account:1\"}]", `type "account" of the model has no relation "ownr" (did you mean "owner"?)`},
