@@ -314,9 +314,9 @@ func (n *node) mustRun(args ...string) string {
 
 // record is what these tests read of a line of the decision log.
 type record struct {
-	RequestID, Decision, Mode, Stage, Reason, Method, Source, Channel, Hook string
-	WouldDeny                                                               bool
-	Client, Address                                                         netip.AddrPort
+	RequestID, Decision, Mode, Stage, Reason, Method, Source, Channel, Hook, Rule, Upgrade string
+	WouldDeny                                                                              bool
+	Client, Address                                                                        netip.AddrPort
 }
 
 // mark is where the decision log ends now.

@@ -16,7 +16,8 @@ import (
 	"github.com/sallyport-dev/sallyport/agent/testenv"
 )
 
-// web is an nginx: files below /files/, uploads by PUT to /up/.
+// web is an nginx: files below /files/, uploads by PUT to /up/, and /live/ for
+// whoever serves at its tmp/live.sock.
 type web struct {
 	t    *testing.T
 	dir  string
@@ -63,6 +64,12 @@ http {
     root %[1]s;
     location /files/ { }
     location /up/ { dav_methods PUT; }
+    location /live/ {
+      proxy_pass http://unix:%[1]s/tmp/live.sock;
+      proxy_http_version 1.1;
+      proxy_set_header Upgrade $http_upgrade;
+      proxy_set_header Connection "upgrade";
+    }
   }
 }
 `, w.dir, port)
