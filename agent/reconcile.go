@@ -160,8 +160,8 @@ func (a *Agent) followHosts(v *view) {
 func (a *Agent) readAppCertificates(v *view) {
 	var list []appcerts.Source
 	for _, api := range v.plan.APIs() {
-		if api.AppTLS == compile.AppTLSTerminate && v.local[api.Identity] {
-			list = append(list, appcerts.Source{API: api.Name, Certificate: api.Certificate, Key: api.Key})
+		if api.AppTLS.Ends() && v.local[api.Identity] {
+			list = append(list, appcerts.Source{API: api.Name, Certificate: api.Certificate, Key: api.Key, CA: api.CA})
 		}
 	}
 	a.appcerts.Set(list)

@@ -282,7 +282,7 @@ func (s *session) sendView(v *view, files []load.File) error {
 func (s *session) sendAppCertificates() error {
 	m := &linepb.AppCertificates{}
 	for _, c := range s.a.appcerts.Certificates() {
-		one := &linepb.AppCertificate{Api: c.API, Chain: c.Chain}
+		one := &linepb.AppCertificate{Api: c.API, Chain: c.Chain, Roots: c.Roots}
 		if c.Err != nil {
 			one.Error = c.Err.Error()
 		}

@@ -68,7 +68,7 @@ func (p *process) handle(ctx context.Context, in *line.Incoming) {
 	case *linepb.Message_AppCertificates:
 		var list []proxy.AppCertificate
 		for _, c := range b.AppCertificates.GetCertificates() {
-			list = append(list, proxy.AppCertificate{API: c.GetApi(), Chain: c.GetChain(), Problem: c.GetError()})
+			list = append(list, proxy.AppCertificate{API: c.GetApi(), Chain: c.GetChain(), Roots: c.GetRoots(), Problem: c.GetError()})
 		}
 		p.proxy.SetAppCertificates(list)
 	case *linepb.Message_Maps:

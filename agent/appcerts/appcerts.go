@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package appcerts keeps the certificates that applications are known by,
-// where the callers' TLS ends at the proxy (app.tls: terminate). The keys stay
+// where the callers' TLS ends at the proxy (app.tls: terminate, reencrypt), and
+// the roots that they are believed by (reencrypt). The keys stay
 // in the agent: the userspace process, which reads what callers send, gets the
 // chains and asks for one signature a handshake.
 package appcerts
@@ -14,6 +15,7 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -34,13 +36,16 @@ const maxFile = 64 << 10
 type Source struct {
 	API              string // NAMESPACE/NAME of the policy
 	Certificate, Key string // absolute paths of PEM files
+	CA               string // the same, "" where the application speaks no TLS
 }
 
-// Certificate is what callers of an API are shown, DER and leaf first; Err
-// says why there is none.
+// Certificate is what callers of an API are shown, DER and leaf first, and the
+// roots by which the application is believed, DER; Err says why something is
+// not there.
 type Certificate struct {
 	API   string
 	Chain [][]byte
+	Roots [][]byte
 	Err   error
 }
 
@@ -55,8 +60,9 @@ type Store struct {
 
 type entry struct {
 	Source
-	pair *tls.Certificate // nil: none was ever good
-	err  error            // of the last read
+	pair  *tls.Certificate // nil: none was ever good
+	roots [][]byte         // the same
+	err   error            // of the last read
 }
 
 // New returns an empty store. now is time.Now where it is nil.
@@ -77,7 +83,12 @@ func (s *Store) Set(list []Source) {
 		if e == nil || e.Source != src {
 			next := &entry{Source: src}
 			if e != nil {
-				next.pair = e.pair // until the new files have been good once
+				// Until the new files have been good once. Another CA was named
+				// because the one before is not to be believed any more.
+				next.pair = e.pair
+				if e.CA == src.CA {
+					next.roots = e.roots
+				}
 			}
 			e = next
 			e.read(s.now())
@@ -102,7 +113,44 @@ func (e *entry) read(now time.Time) {
 	if pair != nil && (err == nil || e.pair == nil) { // nothing good gives way to what callers would not take
 		e.pair = pair
 	}
+	if e.CA != "" {
+		roots, caErr := loadRoots(e.Source)
+		if caErr == nil {
+			e.roots = roots
+		}
+		err = errors.Join(err, caErr)
+	}
 	e.err = err
+}
+
+// maxRoots bounds the certificates of a CA's file.
+const maxRoots = 100
+
+// loadRoots reads the certificates that an application is believed by.
+func loadRoots(src Source) (roots [][]byte, err error) {
+	rest, err := statefile.Read(src.CA, maxFile)
+	if err != nil {
+		return nil, fmt.Errorf("read ca of %s: %w", src.API, err)
+	}
+	for {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("read ca of %s: %s holds a %q beside certificates", src.API, src.CA, block.Type)
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			return nil, fmt.Errorf("read ca of %s: %s: %w", src.API, src.CA, err)
+		}
+		if roots = append(roots, block.Bytes); len(roots) > maxRoots {
+			return nil, fmt.Errorf("read ca of %s: %s holds more than %d certificates", src.API, src.CA, maxRoots)
+		}
+	}
+	if len(roots) == 0 {
+		return nil, fmt.Errorf("read ca of %s: %s holds no certificate", src.API, src.CA)
+	}
+	return roots, nil
 }
 
 // load reads a certificate and its key. An error with a pair is a warning.
@@ -155,9 +203,12 @@ func (s *Store) Certificates() []Certificate {
 	out := make([]Certificate, 0, len(s.entries))
 	for _, api := range slices.Sorted(maps.Keys(s.entries)) {
 		e := s.entries[api]
-		c := Certificate{API: api, Err: e.err}
+		c := Certificate{API: api, Roots: e.roots}
 		if e.pair != nil {
-			c.Chain, c.Err = e.pair.Certificate, nil
+			c.Chain = e.pair.Certificate
+		}
+		if e.pair == nil || e.CA != "" && e.roots == nil {
+			c.Err = e.err
 		}
 		out = append(out, c)
 	}

@@ -16,6 +16,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -59,7 +60,7 @@ func write(t testing.TB, dir string, key crypto.Signer, change func(*x509.Certif
 	if err != nil {
 		t.Fatal(err)
 	}
-	src := Source{"shop/web", filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")}
+	src := Source{API: "shop/web", Certificate: filepath.Join(dir, "cert.pem"), Key: filepath.Join(dir, "key.pem")}
 	for name, block := range map[string]*pem.Block{src.Certificate: {Type: "CERTIFICATE", Bytes: der}, src.Key: {Type: "PRIVATE KEY", Bytes: pkcs8}} {
 		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
 			t.Fatal(err)
@@ -116,6 +117,65 @@ func TestRead(t *testing.T) {
 	}
 }
 
+// TestRoots holds what is taken of an application's CA, and that a broken one
+// leaves what was there while another one does not.
+func TestRoots(t *testing.T) {
+	dir := t.TempDir()
+	src := write(t, dir, keyOf(t, "P-256"), nil)
+	good, err := os.ReadFile(src.Certificate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := os.ReadFile(src.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src.CA = filepath.Join(dir, "ca.pem")
+	put := func(content []byte) {
+		t.Helper()
+		if err := os.WriteFile(src.CA, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, c := range map[string]struct {
+		content []byte
+		problem string
+	}{
+		"nothing":            {nil, "holds no certificate"},
+		"text":               {[]byte("roots"), "holds no certificate"},
+		"a key":              {slices.Concat(good, key), `holds a "PRIVATE KEY" beside certificates`},
+		"no certificate":     {pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte{1, 2, 3}}), "x509"},
+		"too many":           {bytes.Repeat(good, maxRoots+1), "more than 100 certificates"},
+		"more than a file":   {bytes.Repeat([]byte("x"), maxFile+1), "read ca of shop/web"},
+		"two, for control":   {slices.Concat(good, good), ""},
+		"one, among remarks": {slices.Concat([]byte("# ours\n"), good, []byte("\n# end\n")), ""},
+	} {
+		put(c.content)
+		s := newStore()
+		s.Set([]Source{src})
+		got := s.Certificates()[0]
+		if (got.Roots != nil) != (c.problem == "") || (got.Err == nil) != (c.problem == "") || got.Chain == nil {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if err := s.Problem(); (err == nil) != (c.problem == "") || err != nil && !strings.Contains(err.Error(), c.problem) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	put(good)
+	s := newStore()
+	s.Set([]Source{src})
+	put([]byte("half"))
+	s.Reread()
+	if got := s.Certificates()[0]; got.Roots == nil || s.Problem() == nil {
+		t.Errorf("a broken one: %+v, %v", got, s.Problem())
+	}
+	src.CA = filepath.Join(dir, "elsewhere.pem")
+	s.Set([]Source{src})
+	if got := s.Certificates()[0]; got.Roots != nil || got.Err == nil || got.Chain == nil {
+		t.Errorf("another one, which is not there: %+v", got)
+	}
+}
+
 func pipe(path string) error {
 	if err := os.Remove(path); err != nil {
 		return err
@@ -149,7 +209,7 @@ func TestReread(t *testing.T) {
 	good := s.Certificates()[0].Chain[0]
 	write(t, dir, keyOf(t, "P-256"), func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Minute) })
 	s.Reread()
-	s.Set([]Source{{src.API, src.Certificate, filepath.Join(dir, "elsewhere.pem")}})
+	s.Set([]Source{{API: src.API, Certificate: src.Certificate, Key: filepath.Join(dir, "elsewhere.pem")}})
 	if got := s.Certificates()[0]; !bytes.Equal(got.Chain[0], good) || s.Problem() == nil {
 		t.Errorf("one that has ended, and a path that leads nowhere, in place of a good one: %+v, %v", got, s.Problem())
 	}

@@ -37,11 +37,15 @@ const (
 	AppTLSNone        AppTLS = iota // plaintext; a ClientHello is refused
 	AppTLSPassthrough               // its own; only identity and SNI can be judged
 	AppTLSTerminate                 // the proxy ends the callers' for it, with the application's certificate
+	AppTLSReencrypt                 // the same, and the application is spoken to in TLS again
 )
+
+// Ends says whether the callers' TLS ends at the proxy.
+func (t AppTLS) Ends() bool { return t == AppTLSTerminate || t == AppTLSReencrypt }
 
 // String returns the word that policies write.
 func (t AppTLS) String() string {
-	return [...]string{"none", "passthrough", "terminate"}[t]
+	return [...]string{"none", "passthrough", "terminate", "reencrypt"}[t]
 }
 
 // MTLS says whether a caller must come over a channel that proves it.
@@ -68,10 +72,11 @@ type API struct {
 	Ports    []uint16  // ascending
 	Protocol Protocol
 	AppTLS   AppTLS
-	// Certificate and Key are absolute paths, of AppTLSTerminate.
-	Certificate, Key string
-	Mode             flow.Mode
-	MTLS             MTLS
+	// Certificate and Key are absolute paths, where the callers' TLS ends; CA is
+	// one, of AppTLSReencrypt.
+	Certificate, Key, CA string
+	Mode                 flow.Mode
+	MTLS                 MTLS
 	// OtherwiseAllow says that what no rule speaks of is allowed, within
 	// mayCall and what else refuses.
 	OtherwiseAllow bool

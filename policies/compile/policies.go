@@ -108,11 +108,13 @@ func (c *compiler) protocol(a *API, d *policyDoc) {
 		a.AppTLS = AppTLSPassthrough
 	case "terminate":
 		a.AppTLS = AppTLSTerminate
+	case "reencrypt":
+		a.AppTLS = AppTLSReencrypt
 	}
 	c.certificate(a, d)
 	pos := func() load.Position { return d.At("spec", "protect", "app", "tls") }
 	switch {
-	case a.Protocol == ProtocolTLS && a.AppTLS == AppTLSTerminate:
+	case a.Protocol == ProtocolTLS && a.AppTLS.Ends():
 		c.report.Errorf(pos(), "tls: %q with protocol: tls cannot be: that is TLS which goes through; use protocol: auto, http or tcp for what is in it", tls)
 	case a.Protocol == ProtocolTLS && tls == "none":
 		c.report.Errorf(pos(), "tls: %q with protocol: tls can never be; the application speaks it or does not", tls)
@@ -133,15 +135,21 @@ func (c *compiler) certificate(a *API, d *policyDoc) {
 		return
 	}
 	for _, f := range [...]struct {
-		name, path string
-		to         *string
-	}{{"certificate", app.Certificate, &a.Certificate}, {"key", app.Key, &a.Key}} {
+		name, path, goes string
+		to               *string
+		asked            bool
+		why              string
+	}{
+		{"certificate", app.Certificate, "terminate or reencrypt", &a.Certificate, a.AppTLS.Ends(), "callers are shown a certificate"},
+		{"key", app.Key, "terminate or reencrypt", &a.Key, a.AppTLS.Ends(), "callers are shown a certificate"},
+		{"ca", app.CA, "reencrypt", &a.CA, a.AppTLS == AppTLSReencrypt, "the application proves itself by a certificate that leads there"},
+	} {
 		pos, written := d.Lookup("spec", "protect", "app", f.name)
 		switch {
-		case !written && a.AppTLS == AppTLSTerminate:
-			c.report.Errorf(d.Key("spec", "protect", "app"), "%s is missing; with tls: terminate callers are shown a certificate", f.name)
-		case written && a.AppTLS != AppTLSTerminate:
-			c.report.Errorf(d.Key("spec", "protect", "app", f.name), "%s: goes with tls: terminate", f.name)
+		case !written && f.asked:
+			c.report.Errorf(d.Key("spec", "protect", "app"), "%s is missing; with tls: %s %s", f.name, a.AppTLS, f.why)
+		case written && !f.asked:
+			c.report.Errorf(d.Key("spec", "protect", "app", f.name), "%s: goes with tls: %s", f.name, f.goes)
 		case written && (!path.IsAbs(f.path) || path.Clean(f.path) != f.path):
 			c.report.Errorf(pos, "%s: %q is not a clean absolute path", f.name, f.path)
 		}

@@ -116,7 +116,7 @@ func (a *API) decide(sources []*ruleSource) {
 	}
 	// Where requests are read or TLS ends anyway, what cannot be read is refused, and an
 	// upgrade that no rule lists; what is scored or held depends on the request, and posture on the moment.
-	reads := a.Protocol.reads() || a.AppTLS == AppTLSTerminate || a.Posture != nil || a.Anomaly != nil || a.Body.Inspect > 0
+	reads := a.Protocol.reads() || a.AppTLS.Ends() || a.Posture != nil || a.Anomaly != nil || a.Body.Inspect > 0
 	outcome := func(f uint8) decidedBy {
 		switch {
 		case f&denies != 0:

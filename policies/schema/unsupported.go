@@ -21,8 +21,6 @@ var unsupported = map[string]bool{
 	"RelationModelSpec.engine=spicedb": true,
 
 	"APIPolicySpec.onError=cached": true,
-	"App.tls=reencrypt":            true,
-	"App.ca":                       true,
 	"Token.boundTo=dpop":           true,
 	"Token.boundTo=signature":      true,
 	"Anomaly.stepUp":               true,

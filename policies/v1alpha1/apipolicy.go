@@ -41,12 +41,12 @@ type App struct {
 	// certificate; with reencrypt the application is spoken to in TLS again.
 	TLS string `json:"tls" oneof:"none|passthrough|terminate|reencrypt"`
 	// Certificate and Key are absolute paths of PEM files that the agent
-	// reads and watches: what callers are shown.
+	// reads, again every 30 s: what callers are shown.
 	Certificate string `json:"certificate"`
-	// Key is the certificate's private key; it is readable for root alone.
+	// Key is the certificate's private key; others must not be able to read it.
 	Key string `json:"key"`
-	// CA is the absolute path of a PEM file with what the application's
-	// certificate must lead to; for reencrypt.
+	// CA is the absolute path of a PEM file with the roots that the
+	// application's own certificate must lead to; for reencrypt.
 	CA string `json:"ca"`
 }
 

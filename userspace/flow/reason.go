@@ -126,6 +126,7 @@ const (
 	ReasonTimeout         Reason = "timeout"        // header, body or idle
 	ReasonUpstream        Reason = "upstream"       // the application refused or broke off
 	ReasonUpstreamGone    Reason = "upstream_gone"  // nothing of the protected identity listens
+	ReasonUpstreamTLS     Reason = "upstream_tls"   // the application did not prove itself by app.ca
 	ReasonTunnel          Reason = "tunnel"         // the tunnel to the other node could not be had
 	ReasonTunnelRefused   Reason = "tunnel_refused" // the other node refused the stream
 	ReasonOverload        Reason = "overload"       // a bound of ours was reached
@@ -170,7 +171,7 @@ func (r Reason) Status() int {
 		return 429
 	case ReasonInternal:
 		return 500
-	case ReasonUpstream, ReasonTunnel, ReasonTunnelRefused:
+	case ReasonUpstream, ReasonUpstreamTLS, ReasonTunnel, ReasonTunnelRefused:
 		return 502
 	case ReasonUpstreamGone, ReasonOverload, ReasonNotReady, ReasonTokenKeysStale, ReasonTokenUnavailable,
 		ReasonRelationUnavailable, ReasonLineRefused:

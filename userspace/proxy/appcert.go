@@ -12,16 +12,17 @@ import (
 	"io"
 	"time"
 
-	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 )
 
-// AppCertificate is what callers of an API are shown whose TLS ends here.
+// AppCertificate is what callers of an API are shown whose TLS ends here, and
+// the roots by which its application is believed where it speaks TLS itself.
 type AppCertificate struct {
 	API     string   // namespace/name of the policy
 	Chain   [][]byte // DER, leaf first; nil: there is none
+	Roots   [][]byte // DER; nil: there are none
 	Problem string   // why
 }
 
@@ -36,9 +37,13 @@ type SignRequest struct {
 // appTLS ends the TLS of an API's callers.
 type appTLS struct {
 	chain   [][]byte
-	public  crypto.PublicKey
+	leaf    *x509.Certificate
+	roots   *x509.CertPool // nil: there are none
 	problem string
 	config  *tls.Config
+	// sessions are those with the application. They are held against the
+	// roots again when they are resumed.
+	sessions tls.ClientSessionCache
 }
 
 // SetAppCertificates replaces what callers are shown. Session tickets of an
@@ -53,13 +58,24 @@ func (p *Proxy) SetAppCertificates(list []AppCertificate) {
 				if err != nil {
 					a.chain, a.problem = nil, err.Error()
 				} else {
-					a.public = leaf.PublicKey
+					a.leaf = leaf
 				}
 			}
+			for _, der := range c.Roots {
+				root, err := x509.ParseCertificate(der)
+				if err != nil {
+					a.roots, a.problem = nil, err.Error()
+					break
+				}
+				if a.roots == nil {
+					a.roots = x509.NewCertPool()
+				}
+				a.roots.AddCert(root)
+			}
 			if old := v.apps[c.API]; old != nil {
-				a.config = old.config
+				a.config, a.sessions = old.config, old.sessions
 			} else {
-				a.config = p.appConfig()
+				a.config, a.sessions = p.appConfig(), tls.NewLRUClientSessionCache(appSessions)
 			}
 			apps[c.API] = a
 		}
@@ -82,7 +98,7 @@ func (p *Proxy) appConfig() *tls.Config {
 			if a == nil || a.chain == nil {
 				return nil, errNoServer
 			}
-			return &tls.Certificate{Certificate: a.chain, PrivateKey: &appKey{p, conn, a.public}}, nil
+			return &tls.Certificate{Certificate: a.chain, PrivateKey: &appKey{p, conn, a.leaf.PublicKey}}, nil
 		},
 	})
 }
@@ -140,7 +156,7 @@ func (k *appKey) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts
 // it, and says whether the call goes on. A client certificate tells who a
 // caller is that nothing else has proven.
 func (c *call) endTLS() bool {
-	if c.api.AppTLS != compile.AppTLSTerminate || c.ended {
+	if !c.api.AppTLS.Ends() || c.ended {
 		return true
 	}
 	c.ended = true

@@ -34,10 +34,10 @@ type appKeyPair struct {
 	signed atomic.Int32
 }
 
-func newAppKeyPair(t testing.TB, key crypto.Signer, name string) *appKeyPair {
+func newAppKeyPair(t testing.TB, key crypto.Signer, names ...string) *appKeyPair {
 	t.Helper()
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{name},
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), DNSNames: names,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)

@@ -64,7 +64,7 @@ type call struct {
 	host     string         // of an opaque connection: the SNI
 	offered  *tunnel.Stream // a CONNECT that is not answered yet
 	onward   netloop.Stream // the tunnel's stream to the other node
-	upstream *netloop.Conn
+	upstream netloop.Stream // to the application
 	used     bool // the upstream has answered a request
 	h2       duplex
 
@@ -248,14 +248,18 @@ func (c *call) record(in, out int64) {
 // connected already.
 func (c *call) connect() error {
 	if c.upstream != nil {
-		if !c.upstream.Gone() {
+		if !gone(c.upstream) {
 			return nil
 		}
 		// The application ended it while it was idle; nothing was asked yet.
 		_ = c.upstream.Close()
 		c.upstream, c.used = nil, false
 	}
-	conn, err := c.dialApplication(c.t)
+	var speaks []string
+	if c.req.Protocol == flow.ProtocolHTTP {
+		speaks = []string{"http/1.1"}
+	}
+	conn, err := c.dialApplication(c.t, c.req.Host, speaks)
 	if err != nil {
 		return err
 	}
@@ -266,10 +270,30 @@ func (c *call) connect() error {
 	return nil
 }
 
-// dialApplication has the agent make a connection to the application.
-func (c *call) dialApplication(t *netloop.Task) (*netloop.Conn, error) {
-	return c.p.dial(t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
-		Source: c.peer.Number, Target: c.p.view.Load().numbers[c.targetID]}, time.Now().Add(c.p.opt.ConnectTimeout))
+// dialApplication has the agent make a connection to the application. Where
+// that is spoken to in TLS, host is what the caller asked for, "" if that is
+// not known, and speaks are the protocols for ALPN.
+func (c *call) dialApplication(t *netloop.Task, host string, speaks []string) (netloop.Stream, error) {
+	deadline := time.Now().Add(c.p.opt.ConnectTimeout)
+	conn, err := c.p.dial(t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
+		Source: c.peer.Number, Target: c.p.view.Load().numbers[c.targetID]}, deadline)
+	if err != nil {
+		return nil, err
+	}
+	if c.api == nil || c.api.AppTLS != compile.AppTLSReencrypt {
+		return conn, nil
+	}
+	return c.reencrypt(conn, host, speaks, deadline)
+}
+
+// gone says whether the application has ended its connection.
+func gone(s netloop.Stream) bool {
+	if secured, ok := s.(*tls.Conn); ok {
+		conn, ok := secured.NetConn().(*netloop.Conn)
+		return !ok || conn.Gone()
+	}
+	conn, ok := s.(*netloop.Conn)
+	return !ok || conn.Gone()
 }
 
 // lives is what a decision allowed, as it is registered.
@@ -365,7 +389,7 @@ func (c *call) end(reason flow.Reason) {
 	c.recordEnd(reason, c.req.Protocol, c.api, c.target)
 	abort(c.client)
 	if c.upstream != nil {
-		c.upstream.Abort()
+		abort(c.upstream)
 	}
 	if c.onward != nil {
 		abort(c.onward)

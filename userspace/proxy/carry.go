@@ -21,7 +21,7 @@ func (x *exchange) forward() error {
 		return errNoClient
 	}
 	x.s.Ended = x.onClient
-	app, err := x.c.application(x.t)
+	app, err := x.c.application(x.t, x.req.Host)
 	if err != nil {
 		return err
 	}

@@ -117,9 +117,9 @@ func (e *echoService) hold(_ any, s grpc.ServerStream) error {
 	return s.Context().Err()
 }
 
-func newEchoService() (*grpc.Server, *echoService) {
+func newEchoService(opts ...grpc.ServerOption) (*grpc.Server, *echoService) {
 	e := &echoService{started: make(chan struct{}, 100), ended: make(chan error, 100)}
-	server := grpc.NewServer()
+	server := grpc.NewServer(opts...)
 	for _, name := range []string{"t.Echo", "t.Paid", "t.Other"} {
 		server.RegisterService(&grpc.ServiceDesc{ServiceName: name, HandlerType: (*any)(nil),
 			Methods: []grpc.MethodDesc{{MethodName: "Unary", Handler: e.unary}, {MethodName: "Secret", Handler: e.unary}},

@@ -375,7 +375,7 @@ func (c *call) pump(*netloop.Task) {
 	serial, client, upstream := c.serial, c.client, c.upstream
 	err := c.pumpBody(client, upstream)
 	if err != nil {
-		upstream.Abort() // the application must not take it for complete
+		abort(upstream) // the application must not take it for complete
 	}
 	if c.serial == serial { // else the engine is closing
 		c.pumping, c.pumpErr = false, err
@@ -383,7 +383,7 @@ func (c *call) pump(*netloop.Task) {
 	}
 }
 
-func (c *call) pumpBody(client netloop.Stream, upstream *netloop.Conn) error {
+func (c *call) pumpBody(client, upstream netloop.Stream) error {
 	serial := c.serial
 	for !c.body.Done() {
 		c.room(netloop.BufferSize)

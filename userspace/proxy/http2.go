@@ -115,7 +115,7 @@ var errNoClient = errors.New("the client's connection has ended")
 
 // application returns the session with the application, which the first
 // request makes that is allowed.
-func (c *call) application(t *netloop.Task) (*http2.Session, error) {
+func (c *call) application(t *netloop.Task, host string) (*http2.Session, error) {
 	h := &c.h2
 	for h.dialing {
 		if err := t.Wait(&h.dialled); err != nil {
@@ -126,14 +126,14 @@ func (c *call) application(t *netloop.Task) (*http2.Session, error) {
 		return h.app, nil
 	}
 	h.dialing = true
-	conn, err := c.dialApplication(t)
+	conn, err := c.dialApplication(t, host, []string{"h2"})
 	h.dialing = false
 	h.dialled.Broadcast()
 	switch {
 	case err != nil:
 		return nil, err
 	case h.over || c.reason != flow.ReasonOK:
-		conn.Abort()
+		abort(conn)
 		return nil, errNoClient
 	}
 	// That the application ends its connection is said to the client, which

@@ -1688,8 +1688,8 @@ func (x *KeySet) GetError() string {
 	return ""
 }
 
-// AppCertificates replaces what callers of APIs with app.tls: terminate are
-// shown.
+// AppCertificates replaces what callers of APIs are shown whose TLS ends at
+// the proxy, and by what the applications are believed.
 type AppCertificates struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Certificates  []*AppCertificate      `protobuf:"bytes,1,rep,name=certificates,proto3" json:"certificates,omitempty"`
@@ -1738,7 +1738,8 @@ type AppCertificate struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Api           string                 `protobuf:"bytes,1,opt,name=api,proto3" json:"api,omitempty"`     // namespace/name of the APIPolicy
 	Chain         [][]byte               `protobuf:"bytes,2,rep,name=chain,proto3" json:"chain,omitempty"` // DER, leaf first
-	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"` // why there is none
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"` // why there is none, or no roots
+	Roots         [][]byte               `protobuf:"bytes,4,rep,name=roots,proto3" json:"roots,omitempty"` // DER, of app.tls: reencrypt
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1792,6 +1793,13 @@ func (x *AppCertificate) GetError() string {
 		return x.Error
 	}
 	return ""
+}
+
+func (x *AppCertificate) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
 }
 
 // AppSign asks for the signature of a TLS 1.3 handshake with an application's
@@ -3112,11 +3120,12 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\x0ffetched_unix_ns\x18\x03 \x01(\x03R\rfetchedUnixNs\x12\x14\n" +
 	"\x05error\x18\x04 \x01(\tR\x05error\"U\n" +
 	"\x0fAppCertificates\x12B\n" +
-	"\fcertificates\x18\x01 \x03(\v2\x1e.sallyport.line.AppCertificateR\fcertificates\"N\n" +
+	"\fcertificates\x18\x01 \x03(\v2\x1e.sallyport.line.AppCertificateR\fcertificates\"d\n" +
 	"\x0eAppCertificate\x12\x10\n" +
 	"\x03api\x18\x01 \x01(\tR\x03api\x12\x14\n" +
 	"\x05chain\x18\x02 \x03(\fR\x05chain\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"[\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x12\x14\n" +
+	"\x05roots\x18\x04 \x03(\fR\x05roots\"[\n" +
 	"\aAppSign\x12\x10\n" +
 	"\x03api\x18\x01 \x01(\tR\x03api\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\fR\amessage\x12\x12\n" +
