@@ -147,6 +147,57 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 	}
 }
 
+// TestTLSToTheApplication has nginx speak TLS itself behind the proxy, for
+// callers in TLS and in plaintext: requests are judged all the same, and
+// nothing goes to an nginx that proves to be another.
+func TestTLSToTheApplication(t *testing.T) {
+	require(t, "nginx", "curl", "openssl")
+	t.Parallel()
+	web, inner, others := newPKI(t), newPKI(t), newPKI(t)
+	web.issue("shop", "root", "/CN=shop.example", serverOf+"DNS:shop.example\n")
+	inner.issue("nginx", "root", "/CN=nginx", serverOf+"DNS:shop.example\n")
+	others.issue("nginx", "root", "/CN=nginx", serverOf+"DNS:shop.example\n")
+	n, _ := one(t)
+	n.policy("shop.yaml", strings.Replace(shopIn("enforce"), "ports: [8080], protocol: http}", "ports: [8080], protocol: http, app: {tls: reencrypt, certificate: "+
+		web.path("shop.chain")+", key: "+web.path("shop.key")+", ca: "+inner.path("root.pem")+"}}", 1))
+	w := startNginx(t, n.group("web"), n.ns, 8080, inner.path("nginx.chain"), inner.path("nginx.key"))
+	n.start()
+	act(t, n.group("client"), n.ns, "idle").line(t)
+	n.served("client", "web")
+	secured := []string{"--cacert", web.path("root.pem"), "--resolve", "shop.example:8080:" + addrB}
+	for _, c := range []struct {
+		who, cgroup, url string
+		args             []string
+		want             string
+	}{
+		{"a workload in TLS", "client", "https://shop.example:8080/files/hello", secured, "200"},
+		{"the same in HTTP/2, which this nginx does not offer", "client", webURL + "/files/hello", []string{"--http2-prior-knowledge"}, "502 upstream_tls"},
+		{"the same in plaintext", "client", webURL + "/files/hello", nil, "200"},
+		{"for what no rule says", "client", webURL + "/nothing", nil, "403 no_rule"},
+		{"one whom no rule names", "outcast", "https://shop.example:8080/files/hello", secured, "403 no_rule"},
+	} {
+		if got := code(t, n.group(c.cgroup), n.ns, c.url, c.args...); got != c.want {
+			t.Errorf("%s got %s, want %s", c.who, got, c.want)
+		}
+	}
+
+	w.terminate(t)
+	w = startNginx(t, n.group("web"), n.ns, 8080, others.path("nginx.chain"), others.path("nginx.key"))
+	from := n.mark()
+	eventually(t, "nginx to be reached", func() string {
+		if got := code(t, n.group("client"), n.ns, webURL+"/files/hello"); got != "502 upstream_tls" {
+			return got
+		}
+		return ""
+	})
+	if r := n.decided(from, "the call to another nginx", func(r *record) bool { return r.Reason == "upstream_tls" }); r.Stage != "upstream" || r.Decision != "deny" {
+		t.Errorf("recorded as %+v", r)
+	}
+	if got := w.accesses(); got != 0 {
+		t.Errorf("the other nginx was asked %d times", got)
+	}
+}
+
 // TestPartner lets a caller without an agent in, by a certificate of its own
 // authority, as far as its rule goes; and nobody else by that authority.
 func TestPartner(t *testing.T) {

@@ -28,8 +28,9 @@ type web struct {
 const bigSize = 64 << 20
 
 // startNginx starts nginx in a cgroup and a namespace and waits until it
-// listens, which is seen in its own log and not by a call.
-func startNginx(t *testing.T, cgroup string, ns *testenv.Netns, port int) *web {
+// listens, which is seen in its own log and not by a call. tls are the files of
+// a certificate and its key, for one that speaks TLS.
+func startNginx(t *testing.T, cgroup string, ns *testenv.Netns, port int, tls ...string) *web {
 	t.Helper()
 	w := &web{t: t, dir: folder(t), port: port}
 	for _, d := range []string{"files", "up", "tmp"} {
@@ -42,6 +43,10 @@ func startNginx(t *testing.T, cgroup string, ns *testenv.Netns, port int) *web {
 	}
 	if err := os.WriteFile(filepath.Join(w.dir, "files", "hello"), []byte("hello\n"), 0o644); err != nil {
 		t.Fatal(err)
+	}
+	flag, files := "", ""
+	if len(tls) == 2 {
+		flag, files = " ssl", fmt.Sprintf("ssl_certificate %s; ssl_certificate_key %s;", tls[0], tls[1])
 	}
 	config := fmt.Sprintf(`daemon off;
 worker_processes 2;
@@ -59,8 +64,9 @@ http {
   client_max_body_size 0;
   keepalive_requests 100000;
   server {
-    listen 0.0.0.0:%[2]d;
-    listen [::]:%[2]d;
+    listen 0.0.0.0:%[2]d%[3]s;
+    listen [::]:%[2]d%[3]s;
+    %[4]s
     root %[1]s;
     location /files/ { }
     location /up/ { dav_methods PUT; }
@@ -72,7 +78,7 @@ http {
     }
   }
 }
-`, w.dir, port)
+`, w.dir, port, flag, files)
 	if err := os.WriteFile(filepath.Join(w.dir, "nginx.conf"), []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
