@@ -65,7 +65,7 @@ type call struct {
 	offered  *tunnel.Stream // a CONNECT that is not answered yet
 	onward   netloop.Stream // the tunnel's stream to the other node
 	upstream netloop.Stream // to the application
-	used     bool // the upstream has answered a request
+	used     bool           // the upstream has answered a request
 	h2       duplex
 
 	// The request body, while it goes on beside the response.
