@@ -168,8 +168,9 @@ type Claims struct {
 	Raw map[string]any
 }
 
-// Activation is what a condition and a relation template see of a request.
-// It is the caller's, reused from request to request.
+// Activation is what a condition and a relation template see of a request,
+// and counts what the request's conditions have cost: another request has
+// another, in the same memory.
 type Activation struct {
 	Request *flow.Request
 	Source  *Identity // nil: no identity was proven
@@ -177,7 +178,8 @@ type Activation struct {
 	Match   *Match
 	Time    time.Time
 
-	spent uint64 // by conditions
+	spent uint64 // by conditions so far
+	path  string // the request's, decoded, once asked for
 }
 
 type decidedBy uint8

@@ -12,22 +12,17 @@ import (
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/operators"
+	"cel.dev/cel-go/common/overloads"
 	"cel.dev/cel-go/common/types"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
 )
 
-// Bounds of a condition, and of all that are asked for one request. The cost is
-// in CEL's own units, about an operation or ten characters each.
+// Bounds of a condition's text.
 const (
 	maxConditionChars = 4096
 	maxConditionNodes = 1000
 	maxConditionDepth = 32
-	maxConditionCost  = 10_000
-	maxRequestCost    = 100_000
-	// What asking a condition costs beside what CEL counts: as it is, for each
-	// header that is looked for, and for so many bytes of the path.
-	askCost, headerCost, pathUnit = 20, 10, 64
 )
 
 // Condition is a compiled `when`: an expression in the Common Expression
@@ -48,20 +43,23 @@ type Condition struct {
 	program   cel.Program
 	headers   []string // as written
 	params    []string
+	prices    prices
 	usesToken bool
+	least     uint64 // what an evaluation costs at least
 }
 
 // What CEL itself says of an error may hold a parameter's or a claim's value;
 // these do not.
 var (
-	errNotBool = errors.New("evaluate condition: the result is not a bool")
-	errMissing = errors.New("evaluate condition: a claim, header or parameter that it reads is not there")
-	errCost    = errors.New("evaluate condition: it costs more than the limit")
-	// ErrSpent says that the conditions before have cost what those of one
-	// request may cost.
-	ErrSpent     = errors.New("evaluate condition: the conditions of this request cost more than the limit")
+	errNotBool   = errors.New("evaluate condition: the result is not a bool")
+	errMissing   = errors.New("evaluate condition: a claim, header or parameter that it reads is not there")
+	errCost      = errors.New("evaluate condition: it costs more than the limit")
 	errOperation = errors.New("evaluate condition: an operation on these values is not possible")
 )
+
+// ErrBudget says that a condition was not evaluated, because those before it
+// have cost what the conditions of one request may cost.
+var ErrBudget = errors.New("evaluate condition: the budget of the request's conditions is used up")
 
 func evalError(err error) error {
 	switch text := err.Error(); {
@@ -74,15 +72,14 @@ func evalError(err error) error {
 }
 
 // Eval says whether the condition holds. An error (a claim that is not
-// there, a header that came twice, a cost over the limit) means that it
-// cannot be said: an allow rule then does not allow, a deny rule denies. The
-// conditions that are asked with one activation have one limit of cost, after
-// which each is ErrSpent.
+// there, a header that came twice, a cost over the limit, a budget that is
+// used up) means that it cannot be said: an allow rule then does not allow, a
+// deny rule denies.
 func (c *Condition) Eval(a *Activation) (bool, error) {
-	a.spent += uint64(askCost + headerCost*len(c.headers) + len(a.Request.Path)/pathUnit)
-	if a.spent > maxRequestCost {
-		return false, ErrSpent
+	if a.spent >= maxRequestCost {
+		return false, ErrBudget
 	}
+	a.spent += c.overhead(a)
 	vars := variables{Activation: a}
 	if len(c.headers) > 0 {
 		vars.headers = make(map[string]string, len(c.headers))
@@ -99,7 +96,7 @@ func (c *Condition) Eval(a *Activation) (bool, error) {
 	out, details, err := c.program.Eval(&vars)
 	if cost := details.ActualCost(); cost != nil {
 		a.spent += *cost
-	} else {
+	} else { // it broke off; nobody knows where
 		a.spent += maxConditionCost
 	}
 	if err != nil {
@@ -116,6 +113,7 @@ func (c *Condition) Eval(a *Activation) (bool, error) {
 type variables struct {
 	*Activation
 	headers map[string]string
+	values  map[string]string // of the parameters, once asked for
 }
 
 // Parent returns nil: there is nothing behind.
@@ -149,7 +147,10 @@ func (v *variables) request(field string) (any, bool) {
 	case "method":
 		return v.Request.Method, true
 	case "path":
-		return decodeAll(v.Request.Path), true
+		if v.path == "" {
+			v.path = decodeAll(v.Request.Path)
+		}
+		return v.path, true
 	case "host":
 		return v.Request.Host, true
 	case "content_length":
@@ -201,15 +202,15 @@ func (v *variables) token(field string) (any, bool) {
 }
 
 func (v *variables) params() map[string]string {
-	if v.Match == nil {
-		return nil
+	if v.Match == nil || v.values != nil {
+		return v.values
 	}
-	m := make(map[string]string, v.Match.Params())
+	v.values = make(map[string]string, v.Match.Params())
 	for i := range v.Match.Params() {
 		name, value := v.Match.ParamAt(i)
-		m[name] = value
+		v.values[name] = value
 	}
-	return m
+	return v.values
 }
 
 // conditionVariables are the names that a condition knows.
@@ -276,16 +277,20 @@ func compileCondition(text string) (*Condition, []exprError) {
 	if t := checked.OutputType(); !t.IsExactType(cel.BoolType) && !t.IsExactType(cel.DynType) {
 		return fault("is a %s, not a bool", t)
 	}
-	c := &Condition{Text: text}
+	c := &Condition{Text: text, prices: prices{}}
 	native := checked.NativeRep()
 	if errs := c.inspect(native, ast.NavigateAST(native), nil); len(errs) > 0 {
 		return nil, errs
 	}
 	estimate, err := env.EstimateCost(checked, nil)
+	if c.least = evaluationCost; err == nil {
+		c.least += estimate.Min
+	}
 	if err == nil && estimate.Min > maxConditionCost {
 		return fault("costs at least %d, the limit is %d", estimate.Min, maxConditionCost)
 	}
-	c.program, err = env.Program(checked, cel.EvalOptions(cel.OptOptimize), cel.CostLimit(maxConditionCost))
+	c.program, err = env.Program(checked, cel.EvalOptions(cel.OptOptimize),
+		cel.CostTracking(c.prices), cel.CostLimit(maxConditionCost))
 	if err != nil {
 		return fault("%v", err)
 	}
@@ -295,6 +300,9 @@ func compileCondition(text string) (*Condition, []exprError) {
 // inspect finds what an expression reads, and refuses headers that are not
 // named by a literal: they could not be held to come only once.
 func (c *Condition) inspect(a *ast.AST, e ast.NavigableExpr, errs []exprError) []exprError {
+	if e.Kind() == ast.CallKind && e.AsCall().FunctionName() == overloads.Matches {
+		errs = append(errs, c.regex(a, e.AsCall())...)
+	}
 	if e.Kind() == ast.IdentKind {
 		switch name := e.AsIdent(); {
 		case strings.HasPrefix(name, "token."):

@@ -80,12 +80,11 @@ func TestCondition(t *testing.T) {
 
 func TestConditionErrorsHoldNoValues(t *testing.T) {
 	for text, want := range map[string]error{
-		"token.claims[params.id] == 'x'":                  errMissing,
-		"token.claims.none == 'x'":                        errMissing,
-		"int(request.headers['X-Account']) == 1":          errOperation,
-		"timestamp(params.id) < time":                     errOperation,
-		"token.claims.tenant":                             errNotBool,
-		"request.path.matches(token.claims.tenant + '[')": errOperation,
+		"token.claims[params.id] == 'x'":         errMissing,
+		"token.claims.none == 'x'":               errMissing,
+		"int(request.headers['X-Account']) == 1": errOperation,
+		"timestamp(params.id) < time":            errOperation,
+		"token.claims.tenant":                    errNotBool,
 	} {
 		cond, errs := compileCondition(text)
 		if errs != nil {
@@ -108,47 +107,6 @@ func TestConditionWithoutTokenOrSource(t *testing.T) {
 		if ok, _ := cond.Eval(a); ok != want {
 			t.Errorf("%s: %v, want %v", text, ok, want)
 		}
-	}
-}
-
-// TestConditionsOfOneRequestAreLimited holds what all conditions of a request
-// cost together to the limit, and that it is each request's own.
-func TestConditionsOfOneRequestAreLimited(t *testing.T) {
-	costly, errs := compileCondition("[1,2,3,4,5,6,7,8,9].exists(x, [1,2,3,4,5,6,7,8].exists(y, [1,2,3,4,5,6,7].exists(z, x+y+z == 100)))")
-	if errs != nil {
-		t.Fatal(errs)
-	}
-	cheap, errs := compileCondition("request.method == 'POST'")
-	if errs != nil {
-		t.Fatal(errs)
-	}
-	for range 2 {
-		a, evaluated := activation(), 0
-		for range 5000 {
-			ok, err := costly.Eval(a)
-			switch {
-			case err == nil && !ok:
-				evaluated++
-			case !errors.Is(err, ErrSpent):
-				t.Fatal(ok, err)
-			}
-		}
-		if evaluated < 10 || evaluated > 100 {
-			t.Errorf("%d were evaluated", evaluated)
-		}
-		if ok, err := cheap.Eval(a); ok || !errors.Is(err, ErrSpent) {
-			t.Error("one more is evaluated", ok, err)
-		}
-	}
-	// Thousands of cheap ones are not near it, and the limit is theirs too.
-	a, evaluated := activation(), 0
-	for range 10_000 {
-		if _, err := cheap.Eval(a); err == nil {
-			evaluated++
-		}
-	}
-	if evaluated < 3000 || evaluated == 10_000 {
-		t.Errorf("%d cheap ones were evaluated", evaluated)
 	}
 }
 

@@ -56,6 +56,7 @@ func (c *compiler) rules(a *API, d *policyDoc) {
 	if c.report.Errors() == errors { // else they are not what was meant
 		c.shadows(sources)
 	}
+	c.beyondBudget(a)
 	a.decide(sources)
 	a.Headers = headersOf(sources)
 }

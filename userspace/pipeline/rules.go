@@ -283,13 +283,13 @@ func (r *run) ask(model, rel string) (relation.Answer, flow.Reason) {
 // text views b as a string for the time of a call that does not keep it.
 func text(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
-// spent is said of a condition after compile.ErrSpent.
+// spent is said of a condition after compile.ErrBudget.
 const spent = "`when` is not evaluated: the conditions before it cost what those of one request may cost"
 
 func (r *run) condition(rule *compile.Rule) finding {
 	ok, err := rule.When.Eval(&r.activation)
 	switch {
-	case errors.Is(err, compile.ErrSpent):
+	case errors.Is(err, compile.ErrBudget):
 		return r.fail(rule, flow.StageCondition, flow.ReasonConditionErr, spent)
 	case err != nil:
 		// What CEL says may quote a value of the request.
