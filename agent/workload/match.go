@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/policies/compile"
 )
 
 // Identity is a MachineIdentity as it is recognised. Unit or Path is set, or
@@ -38,8 +40,8 @@ type Identity struct {
 // begin.
 func (i *Identity) roots() []string {
 	var units []string
-	if i.Unit != "" {
-		units = unitPaths(i.Unit)
+	if unit := compile.UnitPath(i.Unit); unit != "" {
+		units = append(units, unit)
 	}
 	switch {
 	case i.Path == "":
@@ -57,19 +59,6 @@ func (i *Identity) roots() []string {
 		}
 	}
 	return both
-}
-
-// unitPaths returns where the system manager puts a unit that has no Slice=
-// of its own (systemd.slice(5), systemd.resource-control(5)).
-func unitPaths(unit string) []string {
-	if strings.ContainsAny(unit, "/\x00") || unit == "." || unit == ".." {
-		return nil
-	}
-	if template, _, ok := strings.Cut(unit, "@"); ok && template != "" {
-		// The slice of a template escapes the dash, which would mean a level.
-		return []string{"/system.slice/system-" + strings.ReplaceAll(template, "-", `\x2d`) + ".slice/" + unit}
-	}
-	return []string{"/system.slice/" + unit}
 }
 
 // within says whether p is root or beneath it; both are clean and absolute.

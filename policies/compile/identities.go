@@ -3,6 +3,7 @@
 package compile
 
 import (
+	"cmp"
 	"net/netip"
 	"path"
 	"slices"
@@ -293,22 +294,31 @@ func (c *compiler) checkSelectors(docs map[*Identity]*identityDoc) {
 				c.report.Errorf(docs[id].Key("spec", "select"), "select: a workload of %s would also match %s at %s, and be denied as either",
 					id.fullName, other.fullName, other.Position)
 			}
-			if p[0] != '/' {
-				break
-			}
 		}
 	}
 }
 
-// place is the selected unit, or the selected cgroup.
+// place is the cgroup where the selected workload begins, "" where none is
+// selected.
 func (s *Selector) place() string {
 	if s == nil {
 		return ""
 	}
-	if s.SystemdUnit != "" {
-		return s.SystemdUnit
+	return cmp.Or(UnitPath(s.SystemdUnit), s.CgroupPath)
+}
+
+// UnitPath is the cgroup in which the system manager puts a unit that has no
+// Slice= of its own (systemd.slice(5), systemd.resource-control(5)), "" for
+// what is no unit's name.
+func UnitPath(unit string) string {
+	if strings.ContainsAny(unit, "/\x00") || unit == "" || unit == "." || unit == ".." {
+		return ""
 	}
-	return s.CgroupPath
+	if template, _, ok := strings.Cut(unit, "@"); ok && template != "" {
+		// The slice of a template escapes the dash, which would mean a level.
+		return "/system.slice/system-" + strings.ReplaceAll(template, "-", `\x2d`) + ".slice/" + unit
+	}
+	return "/system.slice/" + unit
 }
 
 // meets says whether one process could be of both, its place left aside.
