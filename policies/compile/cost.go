@@ -43,7 +43,15 @@ type prices map[string]uint64
 func (p prices) CallCost(function, _ string, args []ref.Val, _ ref.Val) *uint64 {
 	n := uint64(1)
 	switch function {
-	case operators.Equals, operators.NotEquals:
+	case operators.Equals, operators.NotEquals, overloads.StartsWith, overloads.EndsWith:
+		// Of texts as much is looked at as the shorter one has; CEL itself would
+		// count the characters of both.
+		if a, ok := args[0].(types.String); ok {
+			if b, ok := args[1].(types.String); ok {
+				n += uint64(min(len(a), len(b)) / 10)
+				break
+			}
+		}
 		if !isType(args[0], types.ListType, types.MapType) || !isType(args[1], types.ListType, types.MapType) {
 			return nil
 		}
