@@ -239,6 +239,10 @@ func (h *half) end() error {
 	return h.dst.CloseWrite()
 }
 
+// Truncated says whether a stream of TLS that was read to its end has ended without close_notify: then someone else may have cut it,
+// and what came must not pass for all of it. It is false of every other stream.
+func Truncated(s Stream) bool { return truncated(s, bottom(s)) }
+
 // truncated tells a TLS stream whose transport ended from one ended by close_notify, after which crypto/tls reads no further.
 func truncated(s Stream, transport *Conn) bool {
 	_, secured := s.(*tls.Conn)
@@ -312,7 +316,7 @@ func (p *pair) copy(t *Task, src, dst Stream, moved *int64) error {
 		case p.err != nil:
 			return p.err
 		case errors.Is(err, io.EOF):
-			if truncated(src, bottom(src)) {
+			if Truncated(src) {
 				return io.ErrUnexpectedEOF
 			}
 			return dst.CloseWrite()

@@ -38,7 +38,8 @@ type SignRequest struct {
 type appTLS struct {
 	chain   [][]byte
 	leaf    *x509.Certificate
-	roots   *x509.CertPool // nil: there are none
+	ders    [][]byte       // the roots that the application must lead to
+	roots   *x509.CertPool // of them; nil: there are none
 	problem string
 	config  *tls.Config
 	// sessions are those with the application. They are held against the
@@ -61,18 +62,9 @@ func (p *Proxy) SetAppCertificates(list []AppCertificate) {
 					a.leaf = leaf
 				}
 			}
-			for _, der := range c.Roots {
-				root, err := x509.ParseCertificate(der)
-				if err != nil {
-					a.roots, a.problem = nil, err.Error()
-					break
-				}
-				if a.roots == nil {
-					a.roots = x509.NewCertPool()
-				}
-				a.roots.AddCert(root)
-			}
-			if old := v.apps[c.API]; old != nil {
+			old := v.apps[c.API]
+			a.trust(c.Roots, old)
+			if old != nil {
 				a.config, a.sessions = old.config, old.sessions
 			} else {
 				a.config, a.sessions = p.appConfig(), tls.NewLRUClientSessionCache(appSessions)

@@ -65,6 +65,7 @@ type call struct {
 	offered  *tunnel.Stream // a CONNECT that is not answered yet
 	onward   netloop.Stream // the tunnel's stream to the other node
 	upstream netloop.Stream // to the application
+	proof    proof          // of upstream
 	used     bool           // the upstream has answered a request
 	h2       duplex
 
@@ -248,22 +249,23 @@ func (c *call) record(in, out int64) {
 // connected already.
 func (c *call) connect() error {
 	if c.upstream != nil {
-		if !gone(c.upstream) {
+		if !gone(c.upstream) && c.vouched(c.proof) {
 			return nil
 		}
-		// The application ended it while it was idle; nothing was asked yet.
+		// The application ended it while it was idle, or has to prove something
+		// else by now; nothing was asked yet.
 		_ = c.upstream.Close()
-		c.upstream, c.used = nil, false
+		c.upstream, c.proof, c.used = nil, proof{}, false
 	}
 	var speaks []string
 	if c.req.Protocol == flow.ProtocolHTTP {
 		speaks = []string{"http/1.1"}
 	}
-	conn, err := c.dialApplication(c.t, c.req.Host, speaks)
+	conn, proven, err := c.dialApplication(c.t, c.req.Host, speaks)
 	if err != nil {
 		return err
 	}
-	c.upstream = conn
+	c.upstream, c.proof = conn, proven
 	if c.reason != flow.ReasonOK { // ended while the agent dialled
 		return &refusal{flow.StagePolicy, c.reason, "ended before it was connected"}
 	}
@@ -273,27 +275,17 @@ func (c *call) connect() error {
 // dialApplication has the agent make a connection to the application. Where
 // that is spoken to in TLS, host is what the caller asked for, "" if that is
 // not known, and speaks are the protocols for ALPN.
-func (c *call) dialApplication(t *netloop.Task, host string, speaks []string) (netloop.Stream, error) {
+func (c *call) dialApplication(t *netloop.Task, host string, speaks []string) (netloop.Stream, proof, error) {
 	deadline := time.Now().Add(c.p.opt.ConnectTimeout)
 	conn, err := c.p.dial(t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
 		Source: c.peer.Number, Target: c.p.view.Load().numbers[c.targetID]}, deadline)
 	if err != nil {
-		return nil, err
+		return nil, proof{}, err
 	}
-	if c.api == nil || c.api.AppTLS != compile.AppTLSReencrypt {
-		return conn, nil
+	if !c.reencrypts() {
+		return conn, proof{}, nil
 	}
 	return c.reencrypt(conn, host, speaks, deadline)
-}
-
-// gone says whether the application has ended its connection.
-func gone(s netloop.Stream) bool {
-	if secured, ok := s.(*tls.Conn); ok {
-		conn, ok := secured.NetConn().(*netloop.Conn)
-		return !ok || conn.Gone()
-	}
-	conn, ok := s.(*netloop.Conn)
-	return !ok || conn.Gone()
 }
 
 // lives is what a decision allowed, as it is registered.

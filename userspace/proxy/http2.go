@@ -32,6 +32,7 @@ const (
 type duplex struct {
 	session   *http2.Session // with the client
 	app       *http2.Session // nil until the first request was allowed
+	proof     proof          // of app
 	dialing   bool
 	dialled   netloop.Event
 	exchanges int    // under way
@@ -123,10 +124,13 @@ func (c *call) application(t *netloop.Task, host string) (*http2.Session, error)
 		}
 	}
 	if h.app != nil {
+		if !c.vouched(h.proof) {
+			h.app.Drain() // the client makes another connection
+		}
 		return h.app, nil
 	}
 	h.dialing = true
-	conn, err := c.dialApplication(t, host, []string{"h2"})
+	conn, proven, err := c.dialApplication(t, host, []string{"h2"})
 	h.dialing = false
 	h.dialled.Broadcast()
 	switch {
@@ -136,6 +140,7 @@ func (c *call) application(t *netloop.Task, host string) (*http2.Session, error)
 		abort(conn)
 		return nil, errNoClient
 	}
+	h.proof = proven
 	// That the application ends its connection is said to the client, which
 	// makes another one, as it would without us; what is under way goes on.
 	h.app = http2.Dial(t, conn, http2.Config{MaxHeaderList: http1.MaxHead, Trailers: true, Idle: 2 * c.p.opt.IdleTimeout,

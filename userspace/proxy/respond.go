@@ -205,7 +205,7 @@ func (a *response) rest(body *http1.Body) error {
 			a.r += used
 			continue
 		}
-		if errors.Is(err, io.EOF) && body.UntilClose() {
+		if errors.Is(err, io.EOF) && body.UntilClose() && !netloop.Truncated(c.upstream) {
 			return nil
 		}
 		if errors.Is(err, io.EOF) {
@@ -276,7 +276,7 @@ func (a *response) passRest() {
 		if n > 0 && a.write(a.buf[:n]) != nil {
 			return
 		}
-		if errors.Is(err, io.EOF) {
+		if errors.Is(err, io.EOF) && !netloop.Truncated(c.upstream) {
 			break
 		}
 		if n == 0 && err != nil {
