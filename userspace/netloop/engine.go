@@ -83,8 +83,27 @@ type Stats struct {
 
 var cores = sync.OnceValue(func() int { return runtime.GOMAXPROCS(0) })
 
-// waiting are the loops of all epoll engines of the process.
-var waiting atomic.Int64
+// running are the loops of all epoll engines of the process.
+var running struct {
+	sync.Mutex
+	loops int
+}
+
+// reserveSlots counts loops that start. It sets GOMAXPROCS even where that is high enough: until a process has done so once, the
+// runtime lowers it by itself when the process gets fewer processors.
+func reserveSlots(loops int) {
+	running.Lock()
+	defer running.Unlock()
+	running.loops += loops
+	runtime.GOMAXPROCS(max(running.loops+1, runtime.GOMAXPROCS(0)))
+}
+
+// releaseSlots counts loops that have ended. GOMAXPROCS stays: setting it stops the world.
+func releaseSlots(loops int) {
+	running.Lock()
+	defer running.Unlock()
+	running.loops -= loops
+}
 
 // New starts an engine. On the epoll engine it raises GOMAXPROCS of the process to its loops + 1, those of other engines
 // included: a waiting loop keeps its scheduler slot for a few milliseconds, and without a spare one every goroutine beside
@@ -132,9 +151,7 @@ func New(opt Options) (*Engine, error) {
 		e.loops = append(e.loops, l)
 	}
 	if !opt.Goroutines {
-		if n := int(waiting.Add(int64(opt.Loops))) + 1; runtime.GOMAXPROCS(0) < n {
-			runtime.GOMAXPROCS(n)
-		}
+		reserveSlots(opt.Loops)
 		for _, l := range e.loops {
 			e.wg.Go(l.r.run)
 		}
@@ -298,7 +315,7 @@ func (e *Engine) Close() error {
 	}
 	e.wg.Wait()
 	if !e.opt.Goroutines {
-		waiting.Add(int64(-len(e.loops)))
+		releaseSlots(len(e.loops))
 	}
 	close(e.closed)
 	return nil
