@@ -71,7 +71,7 @@ func newValidate() *cobra.Command {
 			opt.Tenant = &compile.Tenancy{Namespace: *tenant, Hosts: *hosts, Context: func(file string) bool { return foreign[file] }}
 		}
 		plan, built := compile.Build(files, opt)
-		problems = load.Sort(append(problems, built...))
+		problems = opt.Tenant.Told(load.Sort(append(problems, built...)))
 		if out.json {
 			list := []problemJSON{}
 			for _, p := range problems {

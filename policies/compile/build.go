@@ -38,7 +38,7 @@ type Options struct {
 func Build(files []load.File, opt Options) (*Plan, []load.Problem) {
 	set, problems := load.Load(files)
 	plan, more := Compile(set, opt)
-	problems = load.Sort(append(problems, more...))
+	problems = opt.Tenant.Told(load.Sort(append(problems, more...)))
 	if load.HasErrors(problems) {
 		return nil, problems
 	}
@@ -73,11 +73,10 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c.compilePostures()
 	c.compilePolicies()
 	c.compileTenancy(opt.Tenant)
-	problems := opt.Tenant.told(c.report.Problems())
 	if set.Failed || c.report.Failed() {
-		return nil, problems
+		return nil, c.report.Problems()
 	}
-	return c.plan, problems
+	return c.plan, c.report.Problems()
 }
 
 type compiler struct {

@@ -180,7 +180,7 @@ func (c *compiler) checkIDs(docs map[*Identity]*identityDoc) {
 			index = c.plan.byTail
 		}
 		if other := index[key]; other != nil {
-			c.report.Errorf(docs[id].Position(), "%s has the same ID as %s at %s: %s", id.fullName, other.fullName, other.Position, id.ID)
+			c.report.Errorf(docs[id].Position(), "%s has the same ID as %s: %s", id.fullName, c.other(other.fullName, other.Position), id.ID)
 			continue
 		}
 		index[key] = id
@@ -188,7 +188,7 @@ func (c *compiler) checkIDs(docs map[*Identity]*identityDoc) {
 	for _, id := range c.plan.identities {
 		if tail, ok := c.tail(id.ID); ok && !id.Derived {
 			if other := c.plan.byTail[tail]; other != nil {
-				c.report.Errorf(docs[id].At("spec", "spiffeID"), "spiffeID: is what %s at %s derives on that node", other.fullName, other.Position)
+				c.report.Errorf(docs[id].At("spec", "spiffeID"), "spiffeID: is what %s derives on that node", c.other(other.fullName, other.Position))
 			}
 		}
 	}
@@ -291,8 +291,8 @@ func (c *compiler) checkSelectors(docs map[*Identity]*identityDoc) {
 				if other == id || p == own && other.fullName > id.fullName || !id.Selector.meets(other.Selector) {
 					continue
 				}
-				c.report.Errorf(docs[id].Key("spec", "select"), "select: a workload of %s would also match %s at %s, and be denied as either",
-					id.fullName, other.fullName, other.Position)
+				c.report.Errorf(docs[id].Key("spec", "select"), "select: a workload of %s would also match %s, and be denied as either",
+					id.fullName, c.other(other.fullName, other.Position))
 			}
 		}
 	}
@@ -343,7 +343,7 @@ func (c *compiler) endpoints(id *Identity, d *identityDoc, docs map[*Identity]*i
 		}
 		a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 		if other := c.plan.claims[a]; other != nil {
-			c.report.Errorf(pos(), "endpoints: %s is already that of %s at %s", a, other.fullName, docs[other].Key("spec", "endpoints"))
+			c.report.Errorf(pos(), "endpoints: %s is already that of %s", a, c.other(other.fullName, docs[other].Key("spec", "endpoints")))
 			continue
 		}
 		c.plan.claims[a] = id

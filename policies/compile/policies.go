@@ -34,7 +34,7 @@ func (c *compiler) compilePolicies() {
 			}
 			key := apiKey{a.Identity, port}
 			if other := c.plan.byPort[key]; other != nil {
-				c.report.Errorf(d.Key("spec", "protect"), "protect: %s port %d is already protected by %s at %s", a.Identity.fullName, port, other.Name, other.Position)
+				c.report.Errorf(d.Key("spec", "protect"), "protect: %s port %d is already protected by %s", a.Identity.fullName, port, c.other(other.Name, other.Position))
 				continue
 			}
 			c.plan.byPort[key] = a

@@ -3,6 +3,7 @@
 package compile
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"net/url"
@@ -32,12 +33,31 @@ func (t *Tenancy) owns(d *load.Document) bool { return t.Context == nil || !t.Co
 // not suggested to the tenant.
 func (t *Tenancy) stranger(namespace string) bool { return t != nil && namespace != t.Namespace }
 
-// told leaves out what is warned of in documents that are not the tenant's.
-func (t *Tenancy) told(problems []load.Problem) []load.Problem {
+// Told are the problems that the tenant learns of: none of documents that are
+// not its own but that there are errors, for then the set is refused.
+func (t *Tenancy) Told(problems []load.Problem) []load.Problem {
 	if t == nil || t.Context == nil {
 		return problems
 	}
-	return slices.DeleteFunc(problems, func(p load.Problem) bool { return p.Severity == load.Warning && t.Context(p.File) })
+	hidden := false
+	told := slices.DeleteFunc(slices.Clone(problems), func(p load.Problem) bool {
+		foreign := t.Context(p.File)
+		hidden = hidden || foreign && p.Severity == load.Error
+		return foreign
+	})
+	if hidden {
+		told = append(told, load.Problem{Message: "what else the cluster has is not valid together with these documents; have the administrator validate both without --tenant"})
+	}
+	return told
+}
+
+// other names a document that one of the set collides with, NAMESPACE/NAME at
+// its place, unless it is not for the tenant to know.
+func (c *compiler) other(fullName string, at load.Position) string {
+	if namespace, _, _ := strings.Cut(fullName, "/"); c.tenant.stranger(namespace) {
+		return "a document of another namespace"
+	}
+	return fmt.Sprintf("%s at %s", fullName, at)
 }
 
 // compileTenancy refuses what a tenant may not say.

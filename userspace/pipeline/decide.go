@@ -119,7 +119,8 @@ func (r *run) release() {
 	r.left, r.leftLast, r.questions, r.answerBy = 0, flow.Step{}, 0, time.Time{}
 }
 
-// maxSteps bounds a trace: as many rules may speak of a call as a policy has.
+// maxSteps bounds a trace, unless Options say otherwise: as many rules may
+// speak of a call as a policy has.
 const maxSteps = 128
 
 func (r *run) finish() {
@@ -150,7 +151,7 @@ func (r *run) step(stage flow.Stage, reason flow.Reason, detail, rule string) {
 		r.last = now
 	}
 	s := flow.Step{Stage: stage, Reason: reason, Detail: detail, Rule: rule, Took: took}
-	if len(r.steps) == maxSteps-2 {
+	if len(r.steps) == r.p.opt.Steps-2 {
 		r.left++
 		r.leftLast = s
 		return

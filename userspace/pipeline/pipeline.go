@@ -43,8 +43,11 @@ type Options struct {
 	// kept beyond this process. It is called rarely and must not block. May
 	// be nil.
 	Revoked func(kind identity.RevocationKind, value string, until time.Time, why string)
-	Logger  *slog.Logger // default: discard
-	Now     func() time.Time
+	// Steps bounds a trace, 3 at least; 0: 128. Of more, those before the one
+	// that it ends with are left out.
+	Steps  int
+	Logger *slog.Logger // default: discard
+	Now    func() time.Time
 }
 
 // Pipeline is safe for concurrent use.
@@ -80,6 +83,9 @@ func New(opt Options) *Pipeline {
 	}
 	if opt.Now == nil {
 		opt.Now = time.Now
+	}
+	if opt.Steps == 0 {
+		opt.Steps = maxSteps
 	}
 	p := &Pipeline{opt: opt, wake: make(chan struct{}, 1), live: newLive()}
 	p.plan.Store(&planState{})

@@ -17,6 +17,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"slices"
 	"sync"
@@ -72,7 +73,8 @@ func (t *Trial) begin() error {
 		return fmt.Errorf("make an anomaly scorer: %w", err)
 	}
 	t.pipeline = pipeline.New(pipeline.Options{
-		Node: "trial", Ceiling: flow.ModeEnforce, Tokens: t.tokens, Relations: t.relations, Anomalies: scorer, Now: t.time,
+		Steps: math.MaxInt, // by which coverage counts rules
+		Node:  "trial", Ceiling: flow.ModeEnforce, Tokens: t.tokens, Relations: t.relations, Anomalies: scorer, Now: t.time,
 		Posture: func(*flow.Request, *compile.Identity) *pipeline.Facts { return t.facts },
 	})
 	t.pipeline.SetPlan(t.plan)
