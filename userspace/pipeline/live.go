@@ -18,6 +18,9 @@ type Stream struct {
 	Serial   string    // of the peer's certificate
 	Issued   time.Time // of its decision: a subject revoked for what was issued before is not hit by it
 	Until    time.Time // when what allowed it ends, zero if never
+	// Carries says that others go over it, so that they are ended before: each
+	// for its own reason, and not because this one is gone.
+	Carries bool
 	// Kill ends it for that reason. It is called once at most, from any
 	// goroutine, and must not block.
 	Kill func(flow.Reason)
@@ -98,20 +101,30 @@ func (l *Live) closeMatching(why func(*Stream) flow.Reason) {
 		kill   func(flow.Reason)
 		reason flow.Reason
 	}
+	var carriers []victim
 	for i := range l.shards {
 		sh := &l.shards[i]
 		var victims []victim
 		sh.mu.Lock()
 		for h, s := range sh.m {
-			if reason := why(s); reason != flow.ReasonOK {
+			reason := why(s)
+			switch {
+			case reason == flow.ReasonOK:
+				continue
+			case s.Carries:
+				carriers = append(carriers, victim{s.Kill, reason})
+			default:
 				victims = append(victims, victim{s.Kill, reason})
-				delete(sh.m, h)
 			}
+			delete(sh.m, h)
 		}
 		sh.mu.Unlock()
 		for _, v := range victims { // outside the lock: Kill may call Remove
 			v.kill(v.reason)
 		}
+	}
+	for _, v := range carriers {
+		v.kill(v.reason)
 	}
 }
 

@@ -4,6 +4,7 @@ package pipeline
 
 import (
 	"sync"
+	"slices"
 	"testing"
 	"time"
 
@@ -113,5 +114,23 @@ func TestLiveConcurrent(t *testing.T) {
 				t.Fatal("a revoked stream is still registered")
 			}
 		}
+	}
+}
+
+// TestWhatIsCarriedEndsFirst holds that what others go over is ended after
+// them.
+func TestWhatIsCarriedEndsFirst(t *testing.T) {
+	l := newLive()
+	var order []string
+	add := func(name string, carries bool) {
+		l.Add(Stream{Subjects: [4]string{"a"}, Carries: carries, Kill: func(flow.Reason) { order = append(order, name) }})
+	}
+	for range liveShards {
+		add("tunnel", true)
+		add("stream", false)
+	}
+	l.closeMatching(func(*Stream) flow.Reason { return flow.ReasonRevoked })
+	if len(order) != 2*liveShards || slices.Contains(order[liveShards:], "stream") {
+		t.Errorf("%q", order)
 	}
 }

@@ -57,7 +57,7 @@ func (p *Proxy) tunnel(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	}
 	engine, id := t.Engine(), conn.ID()
 	live := p.opt.Pipeline.Live()
-	handle := live.Add(pipeline.Stream{Subjects: [4]string{peer.ID}, Serial: peer.Serial, Issued: time.Now(),
+	handle := live.Add(pipeline.Stream{Subjects: [4]string{peer.ID}, Serial: peer.Serial, Issued: time.Now(), Carries: true,
 		Kill: func(flow.Reason) { engine.Kill(id, nil) }})
 	defer live.Remove(handle)
 	p.counts.tunnels.Add(1)

@@ -137,6 +137,13 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 			return p.GetId() == "app-certificates" && strings.Contains(p.GetText(), "shop.key")
 		})
 	})
+	eventually(t, "the port to be served again", func() string { // in plaintext
+		if got := n.get(); got != "200" {
+			return got
+		}
+		return ""
+	})
+	served = w.accesses()
 	from := n.mark()
 	if got := code(t, "", stranger, url+"/files/hello", trusting(billing...)...); !strings.HasPrefix(got, "refused: ") {
 		t.Errorf("without a key the partner got %s", got)
