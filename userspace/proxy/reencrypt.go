@@ -142,7 +142,7 @@ func (a *appTLS) name(asked ...string) (string, error) {
 	}
 	for _, n := range asked {
 		if n != "" && a.leaf.VerifyHostname(n) == nil {
-			return n, nil
+			return strings.Clone(n), nil // it outlives the buffer that Host is read from, in the sessions too
 		}
 	}
 	names := slices.Clone(a.leaf.DNSNames)

@@ -23,6 +23,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -833,5 +834,56 @@ func TestReencryptWebSocket(t *testing.T) {
 			t.Error(err)
 		}
 		ws.Close()
+	})
+}
+
+// keptNames notes under which names sessions are kept.
+type keptNames struct {
+	tls.ClientSessionCache
+	mu    sync.Mutex
+	names []string
+}
+
+// Put implements tls.ClientSessionCache.
+func (k *keptNames) Put(name string, s *tls.ClientSessionState) {
+	k.mu.Lock()
+	k.names = append(k.names, name)
+	k.mu.Unlock()
+	k.ClientSessionCache.Put(name, s)
+}
+
+// TestReencryptKeepsNames holds that the name a session with the application
+// is kept by stays what it was, whatever is received into the buffer where it
+// was read.
+func TestReencryptKeepsNames(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := oneNode(t, nodeOptions{goroutines: goroutines})
+		n.proxy.SetPlan(reencrypting(t, "enforce"), 2)
+		ca := newAppCA(t)
+		n.demands(newAppKeyPair(t, ecKey(t), "app.example", "other.example"), ca)
+		kept := &keptNames{ClientSessionCache: tls.NewLRUClientSessionCache(appSessions)}
+		n.proxy.view.Load().apps["t/web"].sessions = kept // before any connection
+		n.secureApp(http.HandlerFunc(reflect), serving(ca.issue(nil, "app.example", "other.example")), 80)
+		c := dialTCP(t, n.out(clientNumber, serverPort(80)))
+		for _, host := range []string{"other.example", strings.Repeat("x", 60)} {
+			resp, err := ask(t, c, "GET /a HTTP/1.1\r\nHost: "+host+"\r\n\r\n")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+		}
+		kept.mu.Lock()
+		defer kept.mu.Unlock()
+		if len(kept.names) == 0 {
+			t.Error("no session was kept")
+		}
+		for _, name := range kept.names {
+			if name != "other.example" {
+				t.Errorf("a session is kept as %q", name)
+			}
+		}
 	})
 }
