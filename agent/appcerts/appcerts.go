@@ -128,6 +128,13 @@ const maxRoots = 100
 
 // loadRoots reads the certificates that an application is believed by.
 func loadRoots(src Source) (roots [][]byte, err error) {
+	info, err := os.Stat(src.CA)
+	if err != nil {
+		return nil, fmt.Errorf("read ca of %s: %w", src.API, err)
+	}
+	if info.Mode()&(fs.FileMode(0o002)) != 0 {
+		return nil, fmt.Errorf("read ca of %s: everybody may change %s; chmod o-w it", src.API, src.CA)
+	}
 	rest, err := statefile.Read(src.CA, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("read ca of %s: %w", src.API, err)

@@ -169,6 +169,15 @@ func TestRoots(t *testing.T) {
 	if got := s.Certificates()[0]; got.Roots == nil || s.Problem() == nil {
 		t.Errorf("a broken one: %+v, %v", got, s.Problem())
 	}
+	put(good)
+	if err := os.Chmod(src.CA, 0o646); err != nil {
+		t.Fatal(err)
+	}
+	s = newStore()
+	s.Set([]Source{src})
+	if got := s.Certificates()[0]; got.Roots != nil || got.Err == nil || !strings.Contains(got.Err.Error(), "chmod o-w") {
+		t.Errorf("one that everybody may change: %+v", got)
+	}
 	src.CA = filepath.Join(dir, "elsewhere.pem")
 	s.Set([]Source{src})
 	if got := s.Certificates()[0]; got.Roots != nil || got.Err == nil || got.Chain == nil {

@@ -190,6 +190,7 @@ func (c *compiler) inlineKeys(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
 }
 
 func (c *compiler) compileModels() {
+	cost := 0 // of reading them all
 	for i, d := range c.set.Models {
 		if i == relations.MaxModels {
 			c.report.Errorf(d.Position(), "a set has at most %d RelationModels; this is one more", relations.MaxModels)
@@ -207,6 +208,10 @@ func (c *compiler) compileModels() {
 			m.Text, from.path = c.modelFile(d, filePos)
 		case hasFile:
 			c.empty(&d.Document, "file", "spec", "file")
+		}
+		if cost += relations.Cost(m.Text); cost > relations.MaxSetCost {
+			c.report.Errorf(d.Position(), "the RelationModels up to this one take too long to read (%d units, more than %d): make them smaller", cost, relations.MaxSetCost)
+			return
 		}
 		if hasModel != hasFile && m.Text != "" || !hasModel && !hasFile {
 			var errs []*relations.Error

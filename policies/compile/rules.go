@@ -376,7 +376,7 @@ func (c *compiler) token(a *API, r *ruleSource) {
 	switch i := r.Token.Issuer; {
 	case t.Audience == "":
 		c.empty(&r.doc.Document, "audience", "spec", "rules", r.index, "token", "audience")
-	case i != nil && i.Audiences != nil && !slices.Contains(i.Audiences, t.Audience):
+	case i != nil && !c.tenant.stranger(i.Namespace) && i.Audiences != nil && !slices.Contains(i.Audiences, t.Audience):
 		c.report.Errorf(r.at("token", "audience"), "audience: %q is not one of the audiences of %s%s", t.Audience, i.FullName(),
 			c.report.Suggest(t.Audience, i.Audiences))
 	}

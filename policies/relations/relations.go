@@ -30,7 +30,11 @@ const (
 	MaxTypes  = 1000      // of one
 	MaxSize   = 1 << 20   // bytes of one as OpenFGA stores it
 	maxNested = 32        // parentheses within each other
-	maxErrors = 20        // that are told of one
+	// MaxCost bounds what reading one costs, and MaxSetCost what reading those
+	// of a set does; see Cost. A unit has been seen to take up to 4 us.
+	MaxCost    = 512 << 10
+	MaxSetCost = 1 << 20
+	maxErrors  = 20 // that are told of one
 )
 
 // Error is what is wrong with a model, or with what uses one.
@@ -60,6 +64,30 @@ func wrong(line int, format string, args ...any) *Error {
 
 func isJSON(text string) bool { return strings.HasPrefix(strings.TrimSpace(text), "{") }
 
+// Cost is what reading a model costs: one for each byte, eleven for those of
+// conditions, and for parentheses within each other as much as the parser tries,
+// which grows with the square of how deep they are.
+func Cost(text string) int {
+	cost := len(text)
+	if isJSON(text) {
+		return cost
+	}
+	if i := strings.IndexByte(text, '{'); i >= 0 { // nothing but conditions has it
+		cost += 10 * (len(text) - i)
+	}
+	nested := 0
+	for i := range len(text) {
+		switch text[i] {
+		case '(':
+			cost += 40 * nested
+			nested++
+		case ')':
+			nested = max(0, nested-1)
+		}
+	}
+	return cost
+}
+
 // shape tells a model from something else, and holds it to what the parser
 // reads in time.
 func shape(text string) *Error {
@@ -74,6 +102,9 @@ func shape(text string) *Error {
 	}
 	if !beginsWithModel(text) {
 		return wrong(0, `is neither JSON nor begins with "model"`)
+	}
+	if n := Cost(text); n > MaxCost {
+		return wrong(0, "it takes too long to read (%d units, more than %d): fewer parentheses within each other, shorter conditions", n, MaxCost)
 	}
 	nested, line := 0, 1
 	for i := range len(text) {

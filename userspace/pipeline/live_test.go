@@ -3,8 +3,8 @@
 package pipeline
 
 import (
-	"sync"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 

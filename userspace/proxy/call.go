@@ -276,16 +276,16 @@ func (c *call) connect() error {
 // that is spoken to in TLS, host is what the caller asked for, "" if that is
 // not known, and speaks are the protocols for ALPN.
 func (c *call) dialApplication(t *netloop.Task, host string, speaks []string) (netloop.Stream, proof, error) {
-	deadline := time.Now().Add(c.p.opt.ConnectTimeout)
+	deadline, api := time.Now().Add(c.p.opt.ConnectTimeout), c.api // under which the call was judged
 	conn, err := c.p.dial(t, DialRequest{Kind: DialApplication, Netns: c.netns, Address: c.dst, Client: c.peer.Address,
 		Source: c.peer.Number, Target: c.p.view.Load().numbers[c.targetID]}, deadline)
 	if err != nil {
 		return nil, proof{}, err
 	}
-	if !c.reencrypts() {
+	if !reencrypts(api) {
 		return conn, proof{}, nil
 	}
-	return c.reencrypt(conn, host, speaks, deadline)
+	return c.reencrypt(conn, api, host, speaks, deadline)
 }
 
 // lives is what a decision allowed, as it is registered.

@@ -35,13 +35,13 @@ type proof struct {
 	unproven bool // audit let it pass
 }
 
-// reencrypts says whether the application is spoken to in TLS.
-func (c *call) reencrypts() bool { return c.api != nil && c.api.AppTLS == compile.AppTLSReencrypt }
+// reencrypts says whether an API's application is spoken to in TLS.
+func reencrypts(api *compile.API) bool { return api != nil && api.AppTLS == compile.AppTLSReencrypt }
 
 // vouched says whether a connection to the application is what the policy
 // asks for now.
 func (c *call) vouched(p proof) bool {
-	if !c.reencrypts() {
+	if !reencrypts(c.api) {
 		return !p.secured
 	}
 	a := c.p.view.Load().apps[c.api.Name]
@@ -72,8 +72,8 @@ func (a *appTLS) trust(roots [][]byte, old *appTLS) {
 // reencrypt makes the connection to an application one of TLS, in which it has
 // to prove itself. Where the policy is not enforced one that does not is spoken
 // to all the same, and that is recorded.
-func (c *call) reencrypt(conn *netloop.Conn, host string, speaks []string, deadline time.Time) (netloop.Stream, proof, error) {
-	a := c.p.view.Load().apps[c.api.Name]
+func (c *call) reencrypt(conn *netloop.Conn, api *compile.API, host string, speaks []string, deadline time.Time) (netloop.Stream, proof, error) {
+	a := c.p.view.Load().apps[api.Name]
 	if a == nil {
 		a = &appTLS{problem: "the agent has handed over none"}
 	}

@@ -154,9 +154,9 @@ func (r *Replay) look(rec *pipeline.Record) (old, new scene) {
 func (r *Replay) find(spiffeID string) (before, after *compile.Identity) {
 	before, _, _ = r.old.Identity(spiffeID)
 	after, _, _ = r.new.Identity(spiffeID)
-	if after == nil && before != nil {
-		if same := r.names[before.FullName()]; same != nil && given(before) && given(same) {
-			after = same
+	if before != nil && given(before) {
+		if same := r.names[before.FullName()]; same != nil && given(same) {
+			after = same // also where the ID is another's by now
 		}
 	}
 	return before, after

@@ -118,7 +118,6 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 	if got := n.get(); got != "200" {
 		t.Errorf("in plaintext the client got %s", got)
 	}
-	served := w.accesses()
 
 	// Without the files nothing is shown, and status says why.
 	s := n.await("be well", func(s *controlpb.StatusReply) bool { return s.GetReady() && len(s.GetPolicySet().GetErrors()) == 0 })
@@ -143,7 +142,7 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 		}
 		return ""
 	})
-	served = w.accesses()
+	served := w.accesses()
 	from := n.mark()
 	if got := code(t, "", stranger, url+"/files/hello", trusting(billing...)...); !strings.HasPrefix(got, "refused: ") {
 		t.Errorf("without a key the partner got %s", got)
