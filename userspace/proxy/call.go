@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -81,6 +82,7 @@ type call struct {
 	pumped  netloop.Event
 
 	handle uint64      // in pipeline.Live, 0 while there is none
+	cut    *cut        // of what handle stands for
 	reason flow.Reason // why it was ended from outside
 }
 
@@ -107,6 +109,9 @@ func (c *call) release() {
 	}
 	if c.handle != 0 {
 		c.p.opt.Pipeline.Live().Remove(c.handle)
+		if reason := c.cut.reason(); reason != flow.ReasonOK {
+			c.end(reason)
+		}
 	}
 	if c.upstream != nil {
 		_ = c.upstream.Close()
@@ -302,6 +307,19 @@ func (c *call) lives(d *flow.Decision, issued time.Time, enforced bool) pipeline
 	return s
 }
 
+// cut is why something live is to be ended, from before its own loop hears of
+// it: what carried it may end sooner, and hide the reason.
+type cut struct{ why atomic.Pointer[flow.Reason] }
+
+func (c *cut) store(reason flow.Reason) { c.why.Store(&reason) }
+
+func (c *cut) reason() flow.Reason {
+	if r := c.why.Load(); r != nil {
+		return *r
+	}
+	return flow.ReasonOK
+}
+
 // watch registers the call, so that it ends when what allowed it ends. It
 // returns false where that has happened meanwhile.
 func (c *call) watch(opaque bool) bool {
@@ -323,6 +341,10 @@ func (c *call) watch(opaque bool) bool {
 			})
 		}
 	}
+	cut := &cut{}
+	kill := s.Kill
+	s.Kill = func(reason flow.Reason) { cut.store(reason); kill(reason) }
+	c.cut = cut
 	live := c.p.opt.Pipeline.Live()
 	if c.handle != 0 {
 		live.Remove(c.handle)

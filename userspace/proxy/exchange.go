@@ -57,6 +57,7 @@ type exchange struct {
 	pumped  netloop.Event
 	fault   error       // of what the client sent, or of nobody taking it
 	handle  uint64      // in pipeline.Live, 0 while there is none
+	cut     *cut        // of what handle stands for
 	reason  flow.Reason // why it was ended from outside
 }
 
@@ -81,6 +82,9 @@ func (c *call) newExchange(t *netloop.Task, s *http2.Stream) *exchange {
 func (x *exchange) finish() {
 	if x.handle != 0 {
 		x.c.p.opt.Pipeline.Live().Remove(x.handle)
+		if reason := x.cut.reason(); reason != flow.ReasonOK && !x.complete {
+			x.end(reason)
+		}
 	}
 	x.s.Ended = nil
 	if x.up != nil {
@@ -330,7 +334,10 @@ func (x *exchange) broken(err error) {
 func (x *exchange) watch() bool {
 	engine, loop, serial := x.t.Engine(), x.t.Loop(), x.serial
 	s := x.c.lives(&x.d, x.req.Time, x.enforced())
+	cut := &cut{}
+	x.cut = cut
 	s.Kill = func(reason flow.Reason) {
+		cut.store(reason)
 		engine.Post(loop, func(*netloop.Task) {
 			if x.serial == serial {
 				x.end(reason)
