@@ -203,17 +203,42 @@ func usable(leaf *x509.Certificate, now time.Time) error {
 	return nil
 }
 
-// Certificates returns what callers are shown, by API.
+// MaxTotal bounds the chains and roots of all APIs of a node, in bytes: they go
+// to the userspace process in one message.
+const MaxTotal = 256 << 10
+
+var errTotal = fmt.Errorf("the certificates and roots of this node's policies have more than %d bytes together", MaxTotal)
+
+func (e *entry) size() (n int) {
+	for _, list := range [...][][]byte{e.roots, e.chain()} {
+		for _, der := range list {
+			n += len(der)
+		}
+	}
+	return n
+}
+
+func (e *entry) chain() [][]byte {
+	if e.pair == nil {
+		return nil
+	}
+	return e.pair.Certificate
+}
+
+// Certificates returns what callers are shown, by API. Those beyond MaxTotal
+// have nothing.
 func (s *Store) Certificates() []Certificate {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	out := make([]Certificate, 0, len(s.entries))
+	total := 0
 	for _, api := range slices.Sorted(maps.Keys(s.entries)) {
 		e := s.entries[api]
-		c := Certificate{API: api, Roots: e.roots}
-		if e.pair != nil {
-			c.Chain = e.pair.Certificate
+		if total += e.size(); total > MaxTotal {
+			out = append(out, Certificate{API: api, Err: errTotal})
+			continue
 		}
+		c := Certificate{API: api, Chain: e.chain(), Roots: e.roots}
 		if e.pair == nil || e.CA != "" && e.roots == nil {
 			c.Err = e.err
 		}
@@ -227,8 +252,13 @@ func (s *Store) Problem() error {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var errs []error
+	total := 0
 	for _, api := range slices.Sorted(maps.Keys(s.entries)) {
 		errs = append(errs, s.entries[api].err)
+		total += s.entries[api].size()
+	}
+	if total > MaxTotal {
+		errs = append(errs, errTotal)
 	}
 	return errors.Join(errs...)
 }

@@ -13,6 +13,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -182,6 +183,51 @@ func TestRoots(t *testing.T) {
 	s.Set([]Source{src})
 	if got := s.Certificates()[0]; got.Roots != nil || got.Err == nil || got.Chain == nil {
 		t.Errorf("another one, which is not there: %+v", got)
+	}
+}
+
+// TestTotalIsBounded holds that what does not fit into one message is left out
+// and told, and that the rest is shown.
+func TestTotalIsBounded(t *testing.T) {
+	dir := t.TempDir()
+	src := write(t, dir, keyOf(t, "P-256"), nil)
+	leaf, err := os.ReadFile(src.Certificate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src.CA = filepath.Join(dir, "ca.pem")
+	if err := os.WriteFile(src.CA, bytes.Repeat(leaf, maxRoots), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var list []Source
+	for i := range 20 {
+		one := src
+		one.API = fmt.Sprintf("shop/web%02d", i)
+		list = append(list, one)
+	}
+	s := newStore()
+	s.Set(list)
+	total, shown := 0, 0
+	for i, c := range s.Certificates() {
+		for _, der := range slices.Concat(c.Chain, c.Roots) {
+			total += len(der)
+		}
+		if (c.Chain != nil) != (c.Roots != nil) || (c.Err == nil) != (c.Chain != nil) || c.Chain != nil && shown < i {
+			t.Errorf("%s: %d certificates, %d roots, %v", c.API, len(c.Chain), len(c.Roots), c.Err)
+		}
+		if c.Chain != nil {
+			shown++
+		}
+	}
+	if shown == 0 || shown == len(list) || total > MaxTotal || total < MaxTotal*3/4 {
+		t.Errorf("%d are shown, of %d bytes", shown, total)
+	}
+	if err := s.Problem(); err == nil || !strings.Contains(err.Error(), "bytes together") {
+		t.Errorf("problem %v", err)
+	}
+	s.Set(list[:1])
+	if err := s.Problem(); err != nil || s.Certificates()[0].Chain == nil {
+		t.Errorf("one alone: %v", err)
 	}
 }
 
