@@ -94,21 +94,41 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 	digest = bytes.Clone(digest) // the TPM may read it after the caller gave up
 	var signature []byte
 	err := k.tpm.use(ctx, func() error {
-		s, err := k.signOnce(digest)
-		if err != nil && !isAnswer(err) {
-			// The link broke or the TPM lost the object (a restarted swtpm, a
-			// resumed machine): once more from the stored blobs.
-			k.tpm.disconnect()
-			k.handle = 0
-			s, err = k.signOnce(digest)
-		}
-		signature = s
-		return err
+		return k.tpm.retry(func() (err error) {
+			if signature, err = k.signOnce(digest); err != nil && !isAnswer(err) {
+				k.handle = 0 // once more from the stored blobs
+			}
+			return err
+		})
 	})
 	if err != nil {
 		return nil, fmt.Errorf("sign in TPM %s: %w", k.tpm.address, err)
 	}
 	return signature, nil
+}
+
+// attempts bounds how often a command is given again: neighbours that share the
+// slots of a raw TPM may be in each other's way more than once.
+const attempts = 8
+
+// retry runs f with a link, and again where the link broke or the TPM lost an
+// object meanwhile: a restarted swtpm, a resumed machine, a neighbour that frees
+// what it finds in a TPM without a resource manager. The caller holds the slot.
+func (t *TPM) retry(f func() error) (err error) {
+	for range attempts {
+		if err = t.connect(); err == nil {
+			err = f()
+		}
+		if err == nil || isAnswer(err) {
+			return err
+		}
+		// A new link frees what it finds as well: not where that is not needed,
+		// or neighbours would take turns.
+		if !errors.Is(err, tpm2.TPMRCHandle) && !errors.Is(err, tpm2.TPMRCReferenceH0) {
+			t.disconnect()
+		}
+	}
+	return err
 }
 
 // isAnswer says whether the TPM itself refused for a reason that loading
@@ -121,11 +141,8 @@ func isAnswer(err error) bool {
 		!errors.Is(err, tpm2.TPMRCObjectMemory)
 }
 
-// signOnce runs with the slot held.
+// signOnce runs with the slot held, over a link.
 func (k *Key) signOnce(digest []byte) ([]byte, error) {
-	if err := k.tpm.connect(); err != nil {
-		return nil, err
-	}
 	if k.handle == 0 {
 		if err := k.loadLocked(); err != nil {
 			return nil, err
@@ -163,20 +180,19 @@ func (t *TPM) create() (*Key, error) {
 	defer cancel()
 	k := &Key{tpm: t}
 	err := t.use(ctx, func() error {
-		if err := t.connect(); err != nil {
-			return err
-		}
-		parent, err := t.primary()
-		if err != nil {
-			return err
-		}
-		defer t.flush(parent.Handle)
-		rsp, err := tpm2.Create{ParentHandle: parent, InPublic: tpm2.New2B(keyTemplate)}.Execute(t.link)
-		if err != nil {
-			return err
-		}
-		k.pub, k.private = rsp.OutPublic, rsp.OutPrivate
-		return k.loadUnder(parent)
+		return t.retry(func() error {
+			parent, err := t.primary()
+			if err != nil {
+				return err
+			}
+			defer t.flush(parent.Handle)
+			rsp, err := tpm2.Create{ParentHandle: parent, InPublic: tpm2.New2B(keyTemplate)}.Execute(t.link)
+			if err != nil {
+				return err
+			}
+			k.pub, k.private = rsp.OutPublic, rsp.OutPrivate
+			return k.loadUnder(parent)
+		})
 	})
 	if err != nil {
 		return nil, err
@@ -192,12 +208,7 @@ func (t *TPM) load(blob []byte) (*Key, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandTime)
 	defer cancel()
 	k := &Key{tpm: t, pub: pub, private: private}
-	err = t.use(ctx, func() error {
-		if err := t.connect(); err != nil {
-			return err
-		}
-		return k.loadLocked()
-	})
+	err = t.use(ctx, func() error { return t.retry(k.loadLocked) })
 	if err != nil {
 		return nil, err
 	}

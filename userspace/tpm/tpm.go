@@ -218,7 +218,8 @@ func flushTransient(link transport.TPM) error {
 		return fmt.Errorf("list transient objects: %w", err)
 	}
 	for _, h := range handles.Handle {
-		if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(link); err != nil {
+		// One that is not there any more was freed by its owner meanwhile.
+		if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(link); err != nil && !errors.Is(err, tpm2.TPMRCHandle) {
 			return fmt.Errorf("flush transient object %#x: %w", uint32(h), err)
 		}
 	}

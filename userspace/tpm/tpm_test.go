@@ -9,6 +9,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -324,5 +325,34 @@ func BenchmarkSignSwtpm(b *testing.B) {
 		if _, err := k.Sign(nil, digest[:], crypto.SHA256); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// Two that start at once over a TPM without a resource manager each free what
+// they find, which may be the other's: both get their keys all the same.
+func TestTwoStartAtOnce(t *testing.T) {
+	soft := tpmtest.Start(t)
+	dir := t.TempDir()
+	for round := range 20 {
+		var wg sync.WaitGroup
+		for who := range 2 {
+			wg.Go(func() {
+				neighbour, err := Open(soft.Socket)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer neighbour.Close()
+				k, err := neighbour.Key(filepath.Join(dir, fmt.Sprint("k", who)))
+				if err != nil {
+					t.Errorf("round %d: %v", round, err)
+					return
+				}
+				if _, err := k.Sign(nil, make([]byte, 32), crypto.SHA256); err != nil {
+					t.Errorf("round %d: %v", round, err)
+				}
+			})
+		}
+		wg.Wait()
 	}
 }
