@@ -67,6 +67,9 @@ func newValidate() *cobra.Command {
 			for _, f := range known {
 				foreign[f.Path] = true
 			}
+			for _, p := range more { // of those that could not be read
+				foreign[p.File] = foreign[p.File] || p.File != ""
+			}
 			files, problems = append(files, known...), append(problems, more...)
 			opt.Tenant = &compile.Tenancy{Namespace: *tenant, Hosts: *hosts, Context: func(file string) bool { return foreign[file] }}
 		}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/relations"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 )
 
@@ -53,7 +54,7 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 		set: set, trustDomain: cmp.Or(opt.TrustDomain, DefaultTrustDomain), anyDomain: opt.TrustDomain == "", domains: opt.Domains,
 		node: cmp.Or(opt.Node, "localhost"), now: time.Now(), tenant: opt.Tenant,
 		identities: make(map[string]*Identity), issuers: make(map[string]*Issuer), models: make(map[string]*Model), postures: make(map[string]*Posture),
-		names: make(map[reference]map[string][]string),
+		names: make(map[reference]map[string][]string), reached: make(map[reached]bool),
 	}
 	if opt.Now != nil {
 		c.now = opt.Now()
@@ -96,6 +97,14 @@ type compiler struct {
 	names       map[reference]map[string][]string // by kind and namespace; "" has the full names
 	entries     int                               // in all trees
 	conditions  map[string]*compiled
+	reached     map[reached]bool
+}
+
+// reached is the question whether a model gives users of a type a relation to
+// objects of another.
+type reached struct {
+	model                      *relations.Model
+	user, of, object, relation string
 }
 
 type reference string

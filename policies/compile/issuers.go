@@ -190,11 +190,10 @@ func (c *compiler) inlineKeys(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
 }
 
 func (c *compiler) compileModels() {
-	cost := 0 // of reading them all
+	cost := 0 // of reading them
 	for i, d := range c.set.Models {
 		if i == relations.MaxModels {
 			c.report.Errorf(d.Position(), "a set has at most %d RelationModels; this is one more", relations.MaxModels)
-			return
 		}
 		m := &Model{Namespace: d.Namespace, Name: d.Name, Text: d.Value.Spec.Model, Position: d.Position()}
 		_, hasModel := d.Lookup("spec", "model")
@@ -209,17 +208,23 @@ func (c *compiler) compileModels() {
 		case hasFile:
 			c.empty(&d.Document, "file", "spec", "file")
 		}
-		if cost += relations.Cost(m.Text); cost > relations.MaxSetCost {
-			c.report.Errorf(d.Position(), "the RelationModels up to this one take too long to read (%d units, more than %d): make them smaller", cost, relations.MaxSetCost)
-			return
+		before := cost
+		if one := relations.Cost(m.Text); one <= relations.MaxCost { // else it is not read
+			cost += one
 		}
-		if hasModel != hasFile && m.Text != "" || !hasModel && !hasFile {
+		switch {
+		case i >= relations.MaxModels:
+		case cost > relations.MaxSetCost:
+			if before <= relations.MaxSetCost { // said once
+				c.report.Errorf(d.Position(), "the RelationModels up to this one take too long to read (%d units, more than %d): make them smaller", cost, relations.MaxSetCost)
+			}
+		case hasModel != hasFile && m.Text != "", !hasModel && !hasFile:
 			var errs []*relations.Error
 			m.Relations, errs = relations.Parse(m.Text)
 			for _, err := range errs {
 				c.badModel(from, err)
 			}
-		} else if hasModel && !hasFile {
+		case hasModel && !hasFile:
 			c.report.Errorf(d.At("spec", "model"), "model: empty; leave it out for the default model")
 		}
 		c.models[m.FullName()] = m

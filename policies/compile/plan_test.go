@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/policies/relations"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
@@ -235,5 +236,33 @@ func TestFingerprint(t *testing.T) {
 	}
 	if plan.APIs()[0].Fingerprint() == base {
 		t.Error("a caller's expiry: the same")
+	}
+}
+
+// TestModelsOfASetAreBounded holds that too many models, or models that take
+// too long together, are told once, and that what names them is not told off.
+func TestModelsOfASetAreBounded(t *testing.T) {
+	if !relations.Built {
+		t.Skip("built without the relation engine: models are not read")
+	}
+	long := "model\n  schema 1.1\n" + strings.Repeat("# "+strings.Repeat("x", 98)+"\n", 2500) + "type user\n"
+	for want, c := range map[string]struct {
+		text string
+		n    int
+	}{
+		"a set has at most 256 RelationModels":                    {"model\n  schema 1.1\ntype user\n", relations.MaxModels + 2},
+		"the RelationModels up to this one take too long to read": {long, 7},
+	} {
+		var b strings.Builder
+		files := []load.File{{Path: "m.fga", Content: []byte(c.text)}}
+		for i := range c.n {
+			fmt.Fprintf(&b, "---\napiVersion: sallyport.dev/v1alpha1\nkind: RelationModel\nmetadata: {name: m%d}\nspec: {file: m.fga}\n", i)
+		}
+		files = append(files, load.File{Path: "p.yaml", Content: []byte(b.String())},
+			load.File{Path: "a.tuples.yaml", Content: fmt.Appendf(nil, "model: default/m%d\ntuples: [{user: \"user:a\", relation: x, object: \"user:b\"}]\n", c.n-1)})
+		plan, problems := Build(files, testOptions())
+		if plan != nil || len(problems) != 1 || !strings.Contains(problems[0].Message, want) {
+			t.Errorf("%s: %d problems: %.300v", want, len(problems), problems)
+		}
 	}
 }

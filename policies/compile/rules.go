@@ -477,9 +477,27 @@ func (c *compiler) askable(rel *Relation, pos load.Position) {
 			c.report.Errorf(pos, "relation: %s%s", err, c.report.Suggest(err.Name, err.Known))
 		}
 	}
-	if good && !m.Reaches(user, of, object, rel.Relation) {
+	if good && !c.reaches(m, user, of, object, rel.Relation) {
 		c.report.Warnf(pos, "relation: the model gives %s of type %q to nobody of type %q; this can never hold", rel.Relation, object, user)
 	}
+}
+
+// maxReached bounds the search for relations that nobody can have: it only
+// warns, and takes up to 10 ms in the largest model.
+const maxReached = 200
+
+// reaches says whether the model gives users of a type a relation, as far as
+// that is looked at.
+func (c *compiler) reaches(m *relations.Model, user, of, object, relation string) bool {
+	q := reached{m, user, of, object, relation}
+	yes, known := c.reached[q]
+	if !known {
+		if yes = true; len(c.reached) < maxReached {
+			yes = m.Reaches(user, of, object, relation)
+			c.reached[q] = yes
+		}
+	}
+	return yes
 }
 
 func (c *compiler) modelOf(r *ruleSource, ref string) *Model {

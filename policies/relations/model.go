@@ -31,7 +31,13 @@ type Model struct {
 }
 
 // Parse reads a model's text, "" for Default. With errors there is no model.
-func Parse(text string) (*Model, []*Error) {
+func Parse(text string) (m *Model, errs []*Error) {
+	// OpenFGA's code has been seen to panic on odd input.
+	defer func() {
+		if r := recover(); r != nil {
+			m, errs = nil, []*Error{wrong(0, "it cannot be read")}
+		}
+	}()
 	if text == "" {
 		text = Default
 	}
@@ -70,12 +76,6 @@ func Parse(text string) (*Model, []*Error) {
 func (m *Model) Proto() *openfgav1.AuthorizationModel { return m.proto }
 
 func parse(text string) (parsed *openfgav1.AuthorizationModel, errs []*Error) {
-	// The parser is generated code that has been seen to panic on odd input.
-	defer func() {
-		if r := recover(); r != nil {
-			parsed, errs = nil, []*Error{wrong(0, "it cannot be read")}
-		}
-	}()
 	var err error
 	if isJSON(text) {
 		parsed, err = transformer.LoadJSONStringToProto(text)

@@ -324,8 +324,10 @@ func (c *cut) reason() flow.Reason {
 // returns false where that has happened meanwhile.
 func (c *call) watch(opaque bool) bool {
 	engine, loop, serial := c.t.Engine(), c.t.Loop(), c.serial
-	s := c.lives(&c.d, c.req.Time, c.enforced())
+	s, cut := c.lives(&c.d, c.req.Time, c.enforced()), &cut{}
+	c.cut = cut
 	s.Kill = func(reason flow.Reason) {
+		cut.store(reason)
 		engine.Post(loop, func(*netloop.Task) {
 			if c.serial == serial {
 				c.end(reason)
@@ -341,10 +343,6 @@ func (c *call) watch(opaque bool) bool {
 			})
 		}
 	}
-	cut := &cut{}
-	kill := s.Kill
-	s.Kill = func(reason flow.Reason) { cut.store(reason); kill(reason) }
-	c.cut = cut
 	live := c.p.opt.Pipeline.Live()
 	if c.handle != 0 {
 		live.Remove(c.handle)

@@ -333,8 +333,7 @@ func (x *exchange) broken(err error) {
 // returns false where that has happened meanwhile.
 func (x *exchange) watch() bool {
 	engine, loop, serial := x.t.Engine(), x.t.Loop(), x.serial
-	s := x.c.lives(&x.d, x.req.Time, x.enforced())
-	cut := &cut{}
+	s, cut := x.c.lives(&x.d, x.req.Time, x.enforced()), &cut{}
 	x.cut = cut
 	s.Kill = func(reason flow.Reason) {
 		cut.store(reason)

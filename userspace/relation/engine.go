@@ -29,7 +29,7 @@ import (
 )
 
 // Built says whether the relation engine is part of this binary.
-const Built = true
+const Built = relations.Built
 
 const (
 	storeFile = "relation.db"

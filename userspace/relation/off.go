@@ -8,11 +8,12 @@ import (
 	"context"
 	"errors"
 
+	"github.com/sallyport-dev/sallyport/policies/relations"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
 // Built says whether the relation engine is part of this binary.
-const Built = false
+const Built = relations.Built
 
 var errNotBuilt = errors.New("this binary was built without the relation engine (build tag norelation)")
 

@@ -341,6 +341,7 @@ spec: {mode: enforce, protect: {identity: server, ports: [80]}, rules: [{name: r
 		want     trial.Ending
 	}{
 		{"both", build("example.org", here+named("app"), named("server")), build("example.org", here, ""), "spiffe://example.org/app", trial.Allowed},
+		{"IDs that change places", build("example.org", here+named("app"), named("server")), build("example.org", here+named("server"), named("app")), "spiffe://example.org/app", trial.Allowed},
 		{"a caller that brings its ID", build("example.org", named("app"), named("server")), build("example.org", named("app2"), ""), "spiffe://example.org/app", trial.Denied},
 	} {
 		got, ok := trial.NewReplay(c.old, c.new, flow.ModeEnforce, time.Now()).Judge(&pipeline.Record{
