@@ -92,6 +92,7 @@ type Agent struct {
 
 	view            atomic.Pointer[view]   // what requests are held against
 	shown           atomic.Pointer[inputs] // what the present view is made of, to be shown
+	inForce         atomic.Pointer[view]   // the last view that userspace and the kernel were told of, to be shown
 	ambiguousNumber atomic.Uint32          // of what several identities claim, 0 while nothing is
 	again           atomic.Bool            // the last reconcile did not get everything done
 

@@ -117,6 +117,9 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	err = errors.Join(errs...)
 	a.again.Store(err != nil)
 	a.health.Check("reconcile", metrics.Unhealthy, err, "see the log; what is enforced refuses meanwhile, and it is tried again")
+	if v != nil {
+		a.inForce.Store(v) // after what went wrong is known: no status is ready without it
+	}
 	if err != nil {
 		a.log.Error("state not brought in line", "err", err)
 	}

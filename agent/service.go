@@ -35,6 +35,7 @@ func (s service) Status(ctx context.Context) (*controlpb.StatusReply, error) {
 		Version: a.version, Node: a.cfg.Node, TrustDomain: a.cfg.TrustDomain, Anchor: a.ca.Anchor().String(),
 		StartedUnixNs: a.started.UnixNano(), ModeCeiling: a.cfg.ModeCeiling.String(), Kernel: release(),
 	}
+	in, v := a.picture() // before health, which then knows what went wrong with it
 	worst, wrong := a.health.Worst()
 	r.Ready = !wrong || worst != metrics.Unhealthy
 	for _, p := range a.health.Problems() {
@@ -43,7 +44,6 @@ func (s service) Status(ctx context.Context) (*controlpb.StatusReply, error) {
 	for _, lost := range a.kernel.Lost() {
 		r.Features = append(r.Features, &controlpb.Feature{Name: "kernel", Lost: lost})
 	}
-	in, v := a.picture()
 	r.PolicySet, r.Policies = policySet(in, v), policies(v)
 	r.Workloads = s.workloads(in, v)
 	if c, err := a.dp.Counters(); err == nil {
@@ -62,11 +62,12 @@ func (s service) Status(ctx context.Context) (*controlpb.StatusReply, error) {
 	return r, nil
 }
 
-// picture returns the inputs as they are now, and the view made of them, nil
-// before the first.
+// picture returns the inputs as they are now, and the view that is in force,
+// nil before the first. A newer one that userspace or the kernel has yet to
+// take over is not shown.
 func (a *Agent) picture() (inputs, *view) {
 	if in := a.shown.Load(); in != nil {
-		return *in, a.view.Load()
+		return *in, a.inForce.Load()
 	}
 	return inputs{}, nil
 }
@@ -354,13 +355,13 @@ func (a *Agent) metricSources() metrics.Sources {
 			return 0
 		},
 		Policies: func() int {
-			if v := a.view.Load(); v != nil {
+			if v := a.inForce.Load(); v != nil {
 				return len(v.plan.APIs())
 			}
 			return 0
 		},
 		Generation: func() uint64 {
-			if v := a.view.Load(); v != nil {
+			if v := a.inForce.Load(); v != nil {
 				return v.generation
 			}
 			return 0

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 	"github.com/sallyport-dev/sallyport/agent/metrics"
 	"github.com/sallyport-dev/sallyport/agent/revocations"
 	"github.com/sallyport-dev/sallyport/agent/supervise"
@@ -196,6 +197,29 @@ func TestStatusDoesNotWait(t *testing.T) {
 	}
 	if g.metric("sallyport_policies") != 3 {
 		t.Error("not all policies are counted")
+	}
+}
+
+// Nobody is told that a set is in force while userspace goes by the one before.
+func TestSetIsShownWhenUserspaceHasIt(t *testing.T) {
+	g := newGround(t)
+	shown := func() uint64 {
+		r, err := service{g.Agent}.Policies(g.current, &controlpb.PoliciesRequest{})
+		must(t, err)
+		return r.GetSet().GetGeneration()
+	}
+	during := make(chan uint64, 4) // the generation shown while another is handed over
+	g.connect(func(in *line.Incoming) bool {
+		if in.Message.GetPolicies() != nil {
+			during <- shown()
+		}
+		return false
+	}).ready()
+	<-during
+	before := shown()
+	g.policy(documents + "\n---\n" + strings.ReplaceAll(soleIdentity, "NAME", "late"))
+	if at, after := <-during, shown(); at != before || after != before+1 {
+		t.Errorf("generation %d, then %d, and %d while that was handed over", before, after, at)
 	}
 }
 
