@@ -92,6 +92,7 @@ type Agent struct {
 
 	view            atomic.Pointer[view]   // what requests are held against
 	shown           atomic.Pointer[inputs] // what the present view is made of, to be shown
+	issuerDials     atomic.Int32           // connections to issuers that are being made
 	inForce         atomic.Pointer[view]   // the last view that userspace and the kernel were told of, to be shown
 	ambiguousNumber atomic.Uint32          // of what several identities claim, 0 while nothing is
 	again           atomic.Bool            // the last reconcile did not get everything done
@@ -331,8 +332,17 @@ func (a *Agent) openSupervisor() error {
 
 func (a *Agent) userspaceDir() string { return filepath.Join(a.cfg.StateDir, userspaceDir) }
 
-// userspaceEnv is the whole environment of the userspace process.
-func userspaceEnv() []string { return []string{"PATH=/nonexistent", "LANG=C.UTF-8"} }
+// userspaceEnv is the whole environment of the userspace process. It believes
+// the servers that this process believes.
+func userspaceEnv() []string {
+	env := []string{"PATH=/nonexistent", "LANG=C.UTF-8"}
+	for _, name := range []string{"SSL_CERT_FILE", "SSL_CERT_DIR"} {
+		if value, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+value)
+		}
+	}
+	return env
+}
 
 // run keeps everything going until ctx ends or something that the agent
 // cannot do without has ended.

@@ -50,7 +50,7 @@ func refuse(reason flow.Reason, format string, args ...any) error {
 // concurrent says which requests need no order.
 func concurrent(m *linepb.Message) bool {
 	switch m.GetBody().(type) {
-	case *linepb.Message_Dial, *linepb.Message_Sign, *linepb.Message_Verdict, *linepb.Message_AppSign:
+	case *linepb.Message_Dial, *linepb.Message_Sign, *linepb.Message_Verdict, *linepb.Message_AppSign, *linepb.Message_DialIssuer:
 		return true
 	}
 	return false
@@ -70,6 +70,8 @@ func (s *session) handle(_ context.Context, in *line.Incoming) {
 		s.once.Do(func() { close(s.ready) })
 	case *linepb.Message_Dial:
 		s.dial(in, b.Dial)
+	case *linepb.Message_DialIssuer:
+		s.dialIssuer(in, b.DialIssuer)
 	case *linepb.Message_Sign:
 		reply := &linepb.SignReply{}
 		start := time.Now()
@@ -131,6 +133,11 @@ func (s *session) dial(in *line.Incoming, q *linepb.Dial) {
 	fd, err := s.a.dial(q)
 	s.a.metrics.Dialled(metrics.DialKind(q.GetKind()), err)
 	s.a.metrics.DialSeconds.Observe(time.Since(start).Seconds())
+	s.answerDial(in, fd, err)
+}
+
+// answerDial hands a socket over, or says why there is none.
+func (s *session) answerDial(in *line.Incoming, fd int, err error) {
 	reply := &linepb.DialReply{}
 	m := &linepb.Message{Body: &linepb.Message_DialReply{DialReply: reply}}
 	if err == nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+	"github.com/sallyport-dev/sallyport/userspace/obtain"
 )
 
 // service answers the control API from the running agent.
@@ -304,7 +305,24 @@ func (a *Agent) fetchCounters(ctx context.Context) {
 		s.counted[key] = d.Count
 		a.metrics.Decided(d.Effect, d.Stage, flow.Reason(d.Reason), d.Enforced, delta)
 	}
+	a.health.Check("tokens", metrics.Degraded, notObtained(st.Obtained), "see tokenURL of the TokenIssuer, and whether it knows the client by its certificate")
 	a.health.Check("relations", metrics.Degraded, textError(st.Relations.Problem), "see the log; what needs a relation is denied")
+}
+
+// notObtained says which tokens cannot be had.
+func notObtained(list []obtain.Status) error {
+	const most = 4
+	var errs []error
+	for _, o := range list {
+		switch {
+		case o.Error == "":
+			continue
+		case len(errs) == most:
+			return errors.Join(append(errs, errors.New("and more"))...)
+		}
+		errs = append(errs, fmt.Errorf("%s for its calls to %s: %s", o.ID, o.To, o.Error))
+	}
+	return errors.Join(errs...)
 }
 
 // unanswered ends a process that has stopped answering: it would hold on to

@@ -19,6 +19,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/line"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+	"github.com/sallyport-dev/sallyport/userspace/obtain"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 	"github.com/sallyport-dev/sallyport/userspace/proxy"
 	"github.com/sallyport-dev/sallyport/userspace/relation"
@@ -120,7 +121,8 @@ func (p *process) setPolicies(ctx context.Context, in *line.Incoming, generation
 	// that is not there is denied, while keeping the old plan would keep old
 	// rules.
 	p.proxy.SetPlan(plan, generation)
-	return errors.Join(issuersErr, relErr)
+	p.plan = plan
+	return errors.Join(issuersErr, relErr, p.obtain())
 }
 
 // firstError is what a set was refused for.
@@ -171,7 +173,30 @@ func (p *process) setIdentities(m *linepb.Identities) error {
 		return fmt.Errorf("set identities: %w", err)
 	}
 	p.proxy.SetIdentities(list)
-	return nil
+	p.local = ids
+	return p.obtain()
+}
+
+// obtain has the tokens obtained that the plan gives to identities of this
+// node.
+func (p *process) obtain() error {
+	if p.plan == nil {
+		return nil
+	}
+	var wants []obtain.Want
+	for _, local := range p.local {
+		id, _, ok := p.plan.Identity(local)
+		if !ok {
+			continue
+		}
+		for _, o := range id.Tokens {
+			wants = append(wants, obtain.Want{
+				ID: local, To: o.To.FullName(), Issuer: o.Issuer.FullName(), URL: o.Issuer.TokenURL,
+				ClientID: o.ClientID, Audience: o.Audience, Scopes: o.Scopes, MaxLifetime: o.Issuer.MaxLifetime,
+			})
+		}
+	}
+	return p.obtained.Set(wants)
 }
 
 func (p *process) setAddresses(m *linepb.Addresses) error {

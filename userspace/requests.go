@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -78,6 +80,24 @@ func (a agent) PutVerdict(v flow.Verdict, generation uint64) {
 			a.log.Debug("verdict not taken", "destination", v.Destination, "err", err)
 		}
 	})
+}
+
+// dialIssuer has the agent connect to an issuer's token endpoint.
+func (p *process) dialIssuer(ctx context.Context, id, issuer string) (net.Conn, error) {
+	m, fds, err := p.conn.Call(ctx, &linepb.Message{Body: &linepb.Message_DialIssuer{DialIssuer: &linepb.DialIssuer{Id: id, Issuer: issuer}}})
+	if err == nil && m.GetDialReply().GetError() != "" {
+		err = errors.New(m.GetDialReply().GetError())
+	}
+	if err == nil && len(fds) != 1 {
+		err = errors.New("the agent sent no connection")
+	}
+	if err != nil {
+		closeAll(fds)
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fds[0]), "issuer")
+	defer f.Close() //nolint:errcheck // the connection is a copy
+	return net.FileConn(f)
 }
 
 // sign asks the agent for a leaf; it holds the request against what this node

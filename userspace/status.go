@@ -13,6 +13,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/line"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/obtain"
 	"github.com/sallyport-dev/sallyport/userspace/proxy"
 	"github.com/sallyport-dev/sallyport/userspace/relation"
 	"github.com/sallyport-dev/sallyport/userspace/token"
@@ -31,6 +32,7 @@ type Status struct {
 	Issuers   []token.IssuerStatus `json:"issuers"`
 	Relations relation.Status      `json:"relations"`
 	Leaves    []LeafStatus         `json:"leaves"`
+	Obtained  []obtain.Status      `json:"obtained,omitempty"`
 	Baselines []Baseline           `json:"baselines"`
 	Resident  uint64               `json:"residentBytes"`
 }
@@ -66,7 +68,7 @@ type Baseline struct {
 func (p *process) status(in *line.Incoming) error {
 	s := Status{
 		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()),
-		Relations: p.relations.Status(), Resident: resident(),
+		Relations: p.relations.Status(), Obtained: p.obtained.Status(), Resident: resident(),
 	}
 	counters := p.pipeline.Counters()
 	s.Streams = counters.Streams

@@ -8,18 +8,21 @@ package userspace
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/anomaly"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/line"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/obtain"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 	"github.com/sallyport-dev/sallyport/userspace/proxy"
 	"github.com/sallyport-dev/sallyport/userspace/relation"
@@ -53,8 +56,15 @@ type process struct {
 	relations *relation.Engine
 	anomalies *anomaly.Scorer
 	leaves    *identity.Leaves
+	obtained  *obtain.Source
 	verifier  *identity.Verifier
 	flows     flows
+
+	// Of the last messages about them, of their handler alone: what follows from
+	// both.
+	plan  *compile.Plan
+	local []string // SPIFFE IDs
+	roots *x509.CertPool
 
 	draining atomic.Bool
 	lost     uint64 // decision records that could not be sent; of report alone
@@ -75,6 +85,10 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		return errors.New("wait for the agent's first message: it is not a start")
 	}
 	p.start = first.GetStart()
+	if p.roots, err = x509.SystemCertPool(); err != nil { // while files can be read
+		log.Error("the system's certificates not read: no issuer is believed", "err", err)
+		p.roots = x509.NewCertPool()
+	}
 	if confine != nil {
 		if err := confine(p.start.GetStateDir()); err != nil {
 			return err
@@ -125,6 +139,7 @@ func (p *process) open(ctx context.Context) error {
 	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Log: p.log})
 	p.verifier = identity.NewVerifier(identity.VerifierOptions{})
 	p.leaves = identity.NewLeaves(identity.LeavesOptions{Sign: p.sign, Log: p.log})
+	p.obtained = obtain.New(obtain.Options{Leaves: p.leaves, Dial: p.dialIssuer, Roots: p.roots, Log: p.log})
 	openCtx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	p.relations, err = relation.Open(openCtx, relation.Options{
@@ -167,7 +182,7 @@ func (p *process) open(ctx context.Context) error {
 		return fmt.Errorf("start event loops: %w", err)
 	}
 	p.proxy = proxy.New(p.engine, proxy.Options{
-		Pipeline: p.pipeline, Agent: agent{p.conn, p.log}, Flows: &p.flows, Leaves: p.leaves, Verifier: p.verifier,
+		Pipeline: p.pipeline, Agent: agent{p.conn, p.log}, Flows: &p.flows, Leaves: p.leaves, Verifier: p.verifier, Obtained: p.obtained,
 		Anchor: anchorOf(p.start.GetAnchor()), Logger: p.log,
 	})
 	return nil
@@ -186,6 +201,7 @@ func anchorOf(word string) flow.Anchor {
 func (p *process) close() {
 	p.proxy.CloseListeners()
 	p.engine.Close() //nolint:errcheck // a second Close says so
+	p.obtained.Close()
 	p.leaves.Close()
 	if err := p.relations.Close(); err != nil {
 		p.log.Error("relation store not closed", "err", err)

@@ -73,6 +73,7 @@ func Compile(set *load.Set, opt Options) (*Plan, []load.Problem) {
 	c.compileTuples()
 	c.compilePostures()
 	c.compilePolicies()
+	c.compileTokens()
 	c.compileTenancy(opt.Tenant)
 	if set.Failed || c.report.Failed() {
 		return nil, c.report.Problems()

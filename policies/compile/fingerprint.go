@@ -89,10 +89,19 @@ func (p *Posture) fingerprint(e *json.Encoder) {
 
 func (i *Identity) fingerprint(e *json.Encoder) {
 	write(e, i.fullName, i.ID, i.Expires.Format(time.RFC3339Nano), i.Selector, i.Endpoints, i.Mode)
+	i.obtained(e)
 }
 
 func (i *Identity) rulesFingerprint(e *json.Encoder) {
 	write(e, i.fullName, i.ID, i.Expires.Format(time.RFC3339Nano))
+	i.obtained(e)
+}
+
+// obtained writes what the identity's calls bear.
+func (i *Identity) obtained(e *json.Encoder) {
+	for _, o := range i.Tokens {
+		write(e, o.To.fullName, o.Issuer.FullName(), o.Issuer.TokenURL, o.ClientID, o.Audience, o.Scopes)
+	}
 }
 
 func write(e *json.Encoder, values ...any) {

@@ -58,6 +58,7 @@ func (c *compiler) compileIssuers() {
 		}
 		c.claims(i, d)
 		c.jwks(i, d)
+		c.tokenURL(i, d)
 		c.issuers[i.FullName()] = i
 		c.declare(toIssuer, i.Namespace, i.Name)
 		c.plan.issuers = append(c.plan.issuers, i)

@@ -113,6 +113,8 @@ type Identity struct {
 	MayCall []*Identity
 	// Egress is where it may connect outside the mesh while it is enforced.
 	Egress []Egress
+	// Tokens are obtained for its calls, at most one for each callee.
+	Tokens []Obtain
 	// Position is that of the document.
 	Position load.Position
 
@@ -164,6 +166,7 @@ type Issuer struct {
 	MaxLifetime     time.Duration
 	Types           []string // accepted typ values, at+jwt or JWT
 	Claims          []Claim  // that each token must have, by name
+	TokenURL        string   // https, "" where no tokens are obtained of it
 	Position        load.Position
 }
 

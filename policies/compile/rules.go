@@ -382,8 +382,7 @@ func (c *compiler) token(a *API, r *ruleSource) {
 	}
 	c.distinct(&r.doc.Document, "scopes", t.Scopes, "spec", "rules", r.index, "token", "scopes")
 	for i, s := range t.Scopes {
-		// RFC 6749 section 3.3.
-		if strings.ContainsFunc(s, func(x rune) bool { return x <= ' ' || x >= 0x7f || x == '"' || x == '\\' }) {
+		if !isScope(s) {
 			c.report.Errorf(r.at("token", "scopes", i), "scopes: %q is not a scope", s)
 		}
 	}

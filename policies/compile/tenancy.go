@@ -139,6 +139,11 @@ func (c *compiler) tenantIdentity(d *identityDoc) {
 	} {
 		c.tenantMayNot(doc, f.why, f.path...)
 	}
+	for n, o := range d.Value.Spec.Tokens {
+		if namespace, _, ok := strings.Cut(o.Issuer, "/"); ok && namespace != d.Namespace {
+			c.report.Errorf(d.At("spec", "tokens", n, "issuer"), "issuer: %q is of another namespace; a tenant uses its own", o.Issuer)
+		}
+	}
 	s := d.Value.Spec.Select
 	switch {
 	case s == nil && !d.Empty("spec", "select"):

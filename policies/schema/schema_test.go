@@ -58,7 +58,7 @@ func TestExplain(t *testing.T) {
 		t.Errorf("%+v, %v", e, err)
 	}
 	e, err = schema.Explain("machineidentity.spec.tokens", false)
-	if err != nil || !e.Refused || e.Type != "list of fields" || len(e.Fields) != 4 || !e.Fields[0].Required || len(e.Fields[0].Fields) != 0 {
+	if err != nil || e.Refused || e.Type != "list of fields" || len(e.Fields) != 5 || !e.Fields[0].Required || len(e.Fields[0].Fields) != 0 {
 		t.Errorf("%+v, %v", e, err)
 	}
 	for path, want := range map[string]schema.UnknownError{

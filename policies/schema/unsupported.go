@@ -9,13 +9,11 @@ import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 // line that is accepted and does nothing protects nobody. What is built is
 // taken out.
 var unsupported = map[string]bool{
-	"MachineIdentitySpec.tokens": true,
-	"Selector.all":               true,
-	"ProcessSelector.digest":     true,
-	"Egress.tls=verify":          true,
+	"Selector.all":           true,
+	"ProcessSelector.digest": true,
+	"Egress.tls=verify":      true,
 
 	"TokenIssuerSpec.introspection":    true,
-	"TokenIssuerSpec.tokenURL":         true,
 	"RelationModelSpec.address":        true,
 	"RelationModelSpec.engine=openfga": true,
 	"RelationModelSpec.engine=spicedb": true,

@@ -32,17 +32,22 @@ type MachineIdentitySpec struct {
 	Egress []Egress `json:"egress"`
 }
 
-// Obtain is an access token that the agent obtains for a workload (RFC 6749
-// section 4.4, with RFC 8705).
+// Obtain is an access token that the agent obtains for a workload by the
+// workload's certificate (RFC 6749 section 4.4, RFC 8705) and puts on its calls
+// that bring none.
 type Obtain struct {
 	// To is the MachineIdentity that is called.
 	To string `json:"to" required:"true"`
 	// Issuer is the TokenIssuer's name; it needs a tokenURL.
 	Issuer string `json:"issuer" required:"true"`
-	// Audience is asked for as the resource (RFC 8707).
+	// Audience is asked for as audience, and where it is a URI as resource
+	// (RFC 8707).
 	Audience string `json:"audience" required:"true"`
 	// Scopes are asked for; absent: what the issuer gives by itself.
 	Scopes []string `json:"scopes"`
+	// ClientID is what the issuer knows the workload by; its SPIFFE ID if
+	// absent.
+	ClientID string `json:"clientID"`
 }
 
 // Selector says how the kernel recognises a workload.

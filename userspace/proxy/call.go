@@ -70,6 +70,9 @@ type call struct {
 	used     bool           // the upstream has answered a request
 	h2       duplex
 
+	presented *presented // by the tunnel's peer, nil without a tunnel
+	auth      []byte     // the Authorization field that the request gets, nil for none
+
 	// The request body, while it goes on beside the response.
 	body    http1.Body
 	sent    []byte // the head that went to the application, of an exchange that lasts

@@ -67,6 +67,9 @@ func (x *exchange) fields() []http2.Field {
 	if x.c.h2.cert != "" {
 		x.list = append(x.list, http2.Field{Name: "x-forwarded-client-cert", Value: x.c.h2.cert})
 	}
+	if x.auth != nil {
+		x.list = append(x.list, http2.Field{Name: "authorization", Value: string(x.auth), Sensitive: true})
+	}
 	return x.list
 }
 

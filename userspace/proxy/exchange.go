@@ -45,6 +45,7 @@ type exchange struct {
 	id   [flow.IDLength]byte
 	list []http2.Field // that is sent
 	held []byte        // content that was received for the decision
+	auth []byte        // the Authorization field that the request gets, nil for none
 
 	received int64 // bytes of the request's content
 	sent     int64 // bytes of the response's content
@@ -137,13 +138,16 @@ func (x *exchange) begin() {
 	}
 	x.req = x.c.request(text(x.id[:]), now, protocol)
 	x.describe(&x.req)
+	if x.auth = x.c.obtained(x.t, &x.req); x.auth != nil {
+		x.describe(&x.req)
+	}
 }
 
 // describe fills in what is asked for.
 func (x *exchange) describe(req *flow.Request) {
 	h := &x.head
 	req.Method, req.Path, req.Query, req.Host = h.Method, h.Path, h.Query, h.Host
-	req.Headers, req.ContentLength = h.Fields, h.ContentLength
+	req.Headers, req.ContentLength = bearing(h.Fields, x.auth), h.ContentLength
 }
 
 func (x *exchange) refuse(stage flow.Stage, reason flow.Reason, detail string) {

@@ -164,6 +164,9 @@ func (c *call) serveRequest() bool {
 	// What inspect received may have moved the head.
 	req.Path, req.Query, req.Host, req.Headers, req.ContentLength = text(h.Path), text(h.Query), text(h.Host), h.Fields, h.ContentLength
 	req.Upgrade = h.Upgrade()
+	c.auth = c.obtained(c.t, req)
+	req.Headers = bearing(h.Fields, c.auth)
+	h.Fields = req.Headers[:len(h.Fields)] // with its room
 	c.p.opt.Pipeline.Decide(c.env(), req, c.src, c.api, &c.d)
 	if c.reason != flow.ReasonOK {
 		return false
@@ -313,18 +316,14 @@ func (c *call) more(limit int) error {
 
 // exchange sends the request and relays the response.
 func (c *call) exchange() bool {
-	at := c.r + c.head.Len
 	c.started = false
+	add := c.lines()
+	c.front(len(add))
+	at := c.r + c.head.Len
 	c.body = c.head.BodyFor()
 	n, err := c.body.Next(c.buf[at:c.w])
 	if err != nil {
 		return c.stop(err)
-	}
-	add := c.add
-	if c.resp.Accept = c.head.Accept(); c.resp.Accept != "" {
-		c.head.DropConnection()
-		c.scratch = append(append(c.scratch[:0], add...), http1.SwitchLines...)
-		add = c.scratch
 	}
 	begin := c.head.Compact(c.buf, c.r, add)
 	// The head's storage is void now.
@@ -359,6 +358,36 @@ func (c *call) exchange() bool {
 		c.linger()
 	}
 	return keep
+}
+
+// lines are the field lines that the request gets from us.
+func (c *call) lines() []byte {
+	c.resp.Accept = c.head.Accept()
+	if c.resp.Accept == "" && c.auth == nil {
+		return c.add
+	}
+	b := append(c.scratch[:0], c.add...)
+	if c.auth != nil {
+		b = append(append(append(append(b, authorization...), ": "...), c.auth...), "\r\n"...)
+	}
+	if c.resp.Accept != "" {
+		c.head.DropConnection()
+		b = append(b, http1.SwitchLines...)
+	}
+	c.scratch = b
+	return b
+}
+
+// front makes sure that n bytes are free in front of the head. Where it moves,
+// its fields are void.
+func (c *call) front(n int) {
+	if n <= c.r {
+		return
+	}
+	larger := make([]byte, n+len(c.buf))
+	w := n + copy(larger[n:], c.buf[c.r:c.w])
+	c.putBuffer()
+	c.buf, c.r, c.w = larger, n, w
 }
 
 // keepHead copies the head that was sent, so that an exchange that lasts can

@@ -63,10 +63,14 @@ func (p *Proxy) tunnel(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	p.counts.tunnels.Add(1)
 	defer p.counts.tunnels.Add(-1)
 	remote := conn.RemoteAddrPort()
-	err = tunnel.Serve(t, secured, cfg, func(t *netloop.Task, s *tunnel.Stream) {
-		p.counts.streams.Add(1)
-		p.stream(t, s, ns, server.ID, peer, remote)
-		p.counts.streams.Add(-1)
+	given := &presented{}
+	err = tunnel.Serve(t, secured, cfg, tunnel.Handler{
+		Connect: func(t *netloop.Task, s *tunnel.Stream) {
+			p.counts.streams.Add(1)
+			p.stream(t, s, ns, server.ID, peer, given, remote)
+			p.counts.streams.Add(-1)
+		},
+		Tokens: func(list []byte) bool { return given.take(list, peer.Thumbprint) },
 	})
 	if err != nil {
 		p.opt.Logger.Debug("tunnel ended", "peer", peer.ID, "address", remote, "error", err)
@@ -101,10 +105,10 @@ func (p *Proxy) handshake(t *netloop.Task, conn *netloop.Conn, secured *tls.Conn
 }
 
 // stream serves one CONNECT of a tunnel.
-func (p *Proxy) stream(t *netloop.Task, s *tunnel.Stream, ns *namespace, serverID string, peer identity.Peer, remote netip.AddrPort) {
+func (p *Proxy) stream(t *netloop.Task, s *tunnel.Stream, ns *namespace, serverID string, peer identity.Peer, given *presented, remote netip.AddrPort) {
 	c := p.newCall(t, s)
 	defer c.release()
-	c.offered, c.netns, c.targetID = s, ns.cookie, serverID
+	c.offered, c.netns, c.targetID, c.presented = s, ns.cookie, serverID, given
 	c.peer = proven(peer, remote, flow.ChannelTunnel)
 	dst, err := netip.ParseAddrPort(s.Request().Authority)
 	if err == nil {

@@ -25,6 +25,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
+	"github.com/sallyport-dev/sallyport/userspace/obtain"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/tunnel"
 )
@@ -36,8 +37,9 @@ type Options struct {
 	Flows    Flows
 	Leaves   *identity.Leaves
 	Verifier *identity.Verifier
-	Anchor   flow.Anchor  // of this node's own identities
-	Logger   *slog.Logger // nil discards
+	Obtained *obtain.Source // tokens for this node's identities; nil: none
+	Anchor   flow.Anchor    // of this node's own identities
+	Logger   *slog.Logger   // nil discards
 
 	Tunnel tunnel.Config // NotAfter is set for each session
 

@@ -214,7 +214,9 @@ func (p *Proxy) dialTunnel(c *call, deadline time.Time) (s pooledSession, err er
 	cfg.NotAfter = earlier(leaf.NotAfter, peer.NotAfter)
 	p.counts.tunnelDials.Add(1)
 	now := time.Now()
-	return pooledSession{tunnel.Dial(c.t, secured, cfg), now.Add(cfg.NotAfter.Sub(now) / 2)}, nil
+	s = pooledSession{tunnel.Dial(c.t, secured, cfg), now.Add(cfg.NotAfter.Sub(now) / 2)}
+	c.present(s.Session, deadline)
+	return s, nil
 }
 
 func earlier(a, b time.Time) time.Time {

@@ -42,12 +42,21 @@ func FromRequest(r *flow.Request) ([]byte, flow.Reason) {
 	if len(raw) > MaxToken {
 		return nil, flow.ReasonTokenTooLarge
 	}
-	for _, c := range raw {
-		if !base64urlByte[c] && c != '.' && c != '~' && c != '+' && c != '/' && c != '=' {
-			return nil, flow.ReasonTokenMalformed
-		}
+	if !WellFormed(raw) {
+		return nil, flow.ReasonTokenMalformed
 	}
 	return raw, flow.ReasonOK
+}
+
+// WellFormed says whether raw has only bytes that a bearer token may have (RFC
+// 6750 section 2.1), and is no larger than one may be.
+func WellFormed(raw []byte) bool {
+	for _, c := range raw {
+		if !base64urlByte[c] && c != '.' && c != '~' && c != '+' && c != '/' && c != '=' {
+			return false
+		}
+	}
+	return len(raw) > 0 && len(raw) <= MaxToken
 }
 
 func equalFold(b []byte, lower string) bool {

@@ -169,6 +169,7 @@ type Message struct {
 	//	*Message_RefreshKeys
 	//	*Message_Revoke
 	//	*Message_AppSign
+	//	*Message_DialIssuer
 	//	*Message_PoliciesReply
 	//	*Message_RelationReply
 	//	*Message_StatusReply
@@ -461,6 +462,15 @@ func (x *Message) GetAppSign() *AppSign {
 	return nil
 }
 
+func (x *Message) GetDialIssuer() *DialIssuer {
+	if x != nil {
+		if x, ok := x.Body.(*Message_DialIssuer); ok {
+			return x.DialIssuer
+		}
+	}
+	return nil
+}
+
 func (x *Message) GetPoliciesReply() *PoliciesReply {
 	if x != nil {
 		if x, ok := x.Body.(*Message_PoliciesReply); ok {
@@ -631,6 +641,10 @@ type Message_AppSign struct {
 	AppSign *AppSign `protobuf:"bytes,47,opt,name=app_sign,json=appSign,proto3,oneof"` // request
 }
 
+type Message_DialIssuer struct {
+	DialIssuer *DialIssuer `protobuf:"bytes,48,opt,name=dial_issuer,json=dialIssuer,proto3,oneof"` // request; answered by a DialReply
+}
+
 type Message_PoliciesReply struct {
 	// replies
 	PoliciesReply *PoliciesReply `protobuf:"bytes,60,opt,name=policies_reply,json=policiesReply,proto3,oneof"`
@@ -709,6 +723,8 @@ func (*Message_RefreshKeys) isMessage_Body() {}
 func (*Message_Revoke) isMessage_Body() {}
 
 func (*Message_AppSign) isMessage_Body() {}
+
+func (*Message_DialIssuer) isMessage_Body() {}
 
 func (*Message_PoliciesReply) isMessage_Body() {}
 
@@ -2532,6 +2548,60 @@ func (x *Dial) GetTargetIdentity() uint32 {
 	return 0
 }
 
+// DialIssuer asks for a connection to the token endpoint of an issuer of which
+// an identity of this node obtains tokens, made outside all workloads.
+type DialIssuer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`         // SPIFFE ID of the identity
+	Issuer        string                 `protobuf:"bytes,2,opt,name=issuer,proto3" json:"issuer,omitempty"` // namespace/name of the TokenIssuer
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DialIssuer) Reset() {
+	*x = DialIssuer{}
+	mi := &file_linepb_line_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DialIssuer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DialIssuer) ProtoMessage() {}
+
+func (x *DialIssuer) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DialIssuer.ProtoReflect.Descriptor instead.
+func (*DialIssuer) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *DialIssuer) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DialIssuer) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
 type DialReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
@@ -2542,7 +2612,7 @@ type DialReply struct {
 
 func (x *DialReply) Reset() {
 	*x = DialReply{}
-	mi := &file_linepb_line_proto_msgTypes[33]
+	mi := &file_linepb_line_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2554,7 +2624,7 @@ func (x *DialReply) String() string {
 func (*DialReply) ProtoMessage() {}
 
 func (x *DialReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[33]
+	mi := &file_linepb_line_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2567,7 +2637,7 @@ func (x *DialReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialReply.ProtoReflect.Descriptor instead.
 func (*DialReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{33}
+	return file_linepb_line_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DialReply) GetError() string {
@@ -2595,7 +2665,7 @@ type Sign struct {
 
 func (x *Sign) Reset() {
 	*x = Sign{}
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2607,7 +2677,7 @@ func (x *Sign) String() string {
 func (*Sign) ProtoMessage() {}
 
 func (x *Sign) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2620,7 +2690,7 @@ func (x *Sign) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sign.ProtoReflect.Descriptor instead.
 func (*Sign) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{34}
+	return file_linepb_line_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Sign) GetId() string {
@@ -2647,7 +2717,7 @@ type SignReply struct {
 
 func (x *SignReply) Reset() {
 	*x = SignReply{}
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2659,7 +2729,7 @@ func (x *SignReply) String() string {
 func (*SignReply) ProtoMessage() {}
 
 func (x *SignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2672,7 +2742,7 @@ func (x *SignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignReply.ProtoReflect.Descriptor instead.
 func (*SignReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{35}
+	return file_linepb_line_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SignReply) GetError() string {
@@ -2706,7 +2776,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2718,7 +2788,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2731,7 +2801,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{36}
+	return file_linepb_line_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Verdict) GetSourceIdentity() uint32 {
@@ -2792,7 +2862,7 @@ type VerdictReply struct {
 
 func (x *VerdictReply) Reset() {
 	*x = VerdictReply{}
-	mi := &file_linepb_line_proto_msgTypes[37]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2804,7 +2874,7 @@ func (x *VerdictReply) String() string {
 func (*VerdictReply) ProtoMessage() {}
 
 func (x *VerdictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[37]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2817,7 +2887,7 @@ func (x *VerdictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerdictReply.ProtoReflect.Descriptor instead.
 func (*VerdictReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{37}
+	return file_linepb_line_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *VerdictReply) GetError() string {
@@ -2839,7 +2909,7 @@ type Decisions struct {
 
 func (x *Decisions) Reset() {
 	*x = Decisions{}
-	mi := &file_linepb_line_proto_msgTypes[38]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +2921,7 @@ func (x *Decisions) String() string {
 func (*Decisions) ProtoMessage() {}
 
 func (x *Decisions) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[38]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +2934,7 @@ func (x *Decisions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decisions.ProtoReflect.Descriptor instead.
 func (*Decisions) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{38}
+	return file_linepb_line_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Decisions) GetRecords() [][]byte {
@@ -2891,7 +2961,7 @@ type RefreshKeys struct {
 
 func (x *RefreshKeys) Reset() {
 	*x = RefreshKeys{}
-	mi := &file_linepb_line_proto_msgTypes[39]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2903,7 +2973,7 @@ func (x *RefreshKeys) String() string {
 func (*RefreshKeys) ProtoMessage() {}
 
 func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[39]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2916,7 +2986,7 @@ func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RefreshKeys.ProtoReflect.Descriptor instead.
 func (*RefreshKeys) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{39}
+	return file_linepb_line_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RefreshKeys) GetIssuer() string {
@@ -2940,7 +3010,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_linepb_line_proto_msgTypes[40]
+	mi := &file_linepb_line_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2952,7 +3022,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[40]
+	mi := &file_linepb_line_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2965,7 +3035,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{40}
+	return file_linepb_line_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Revoke) GetKind() string {
@@ -3000,7 +3070,7 @@ var File_linepb_line_proto protoreflect.FileDescriptor
 
 const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
-	"\x11linepb/line.proto\x12\x0esallyport.line\"\xa0\x0f\n" +
+	"\x11linepb/line.proto\x12\x0esallyport.line\"\xdf\x0f\n" +
 	"\aMessage\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x14\n" +
@@ -3032,7 +3102,9 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\tdecisions\x18, \x01(\v2\x19.sallyport.line.DecisionsH\x00R\tdecisions\x12@\n" +
 	"\frefresh_keys\x18- \x01(\v2\x1b.sallyport.line.RefreshKeysH\x00R\vrefreshKeys\x120\n" +
 	"\x06revoke\x18. \x01(\v2\x16.sallyport.line.RevokeH\x00R\x06revoke\x124\n" +
-	"\bapp_sign\x18/ \x01(\v2\x17.sallyport.line.AppSignH\x00R\aappSign\x12F\n" +
+	"\bapp_sign\x18/ \x01(\v2\x17.sallyport.line.AppSignH\x00R\aappSign\x12=\n" +
+	"\vdial_issuer\x180 \x01(\v2\x1a.sallyport.line.DialIssuerH\x00R\n" +
+	"dialIssuer\x12F\n" +
 	"\x0epolicies_reply\x18< \x01(\v2\x1d.sallyport.line.PoliciesReplyH\x00R\rpoliciesReply\x12F\n" +
 	"\x0erelation_reply\x18= \x01(\v2\x1d.sallyport.line.RelationReplyH\x00R\rrelationReply\x12@\n" +
 	"\fstatus_reply\x18> \x01(\v2\x1b.sallyport.line.StatusReplyH\x00R\vstatusReply\x12:\n" +
@@ -3172,7 +3244,11 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\vclient_port\x18\x06 \x01(\rR\n" +
 	"clientPort\x12'\n" +
 	"\x0fsource_identity\x18\a \x01(\rR\x0esourceIdentity\x12'\n" +
-	"\x0ftarget_identity\x18\b \x01(\rR\x0etargetIdentity\"9\n" +
+	"\x0ftarget_identity\x18\b \x01(\rR\x0etargetIdentity\"4\n" +
+	"\n" +
+	"DialIssuer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06issuer\x18\x02 \x01(\tR\x06issuer\"9\n" +
 	"\tDialReply\x12\x14\n" +
 	"\x05error\x18\x01 \x01(\tR\x05error\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"(\n" +
@@ -3227,7 +3303,7 @@ func file_linepb_line_proto_rawDescGZIP() []byte {
 }
 
 var file_linepb_line_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_linepb_line_proto_goTypes = []any{
 	(ListenerKind)(0),       // 0: sallyport.line.ListenerKind
 	(DialKind)(0),           // 1: sallyport.line.DialKind
@@ -3264,14 +3340,15 @@ var file_linepb_line_proto_goTypes = []any{
 	(*Maps)(nil),            // 32: sallyport.line.Maps
 	(*Ready)(nil),           // 33: sallyport.line.Ready
 	(*Dial)(nil),            // 34: sallyport.line.Dial
-	(*DialReply)(nil),       // 35: sallyport.line.DialReply
-	(*Sign)(nil),            // 36: sallyport.line.Sign
-	(*SignReply)(nil),       // 37: sallyport.line.SignReply
-	(*Verdict)(nil),         // 38: sallyport.line.Verdict
-	(*VerdictReply)(nil),    // 39: sallyport.line.VerdictReply
-	(*Decisions)(nil),       // 40: sallyport.line.Decisions
-	(*RefreshKeys)(nil),     // 41: sallyport.line.RefreshKeys
-	(*Revoke)(nil),          // 42: sallyport.line.Revoke
+	(*DialIssuer)(nil),      // 35: sallyport.line.DialIssuer
+	(*DialReply)(nil),       // 36: sallyport.line.DialReply
+	(*Sign)(nil),            // 37: sallyport.line.Sign
+	(*SignReply)(nil),       // 38: sallyport.line.SignReply
+	(*Verdict)(nil),         // 39: sallyport.line.Verdict
+	(*VerdictReply)(nil),    // 40: sallyport.line.VerdictReply
+	(*Decisions)(nil),       // 41: sallyport.line.Decisions
+	(*RefreshKeys)(nil),     // 42: sallyport.line.RefreshKeys
+	(*Revoke)(nil),          // 43: sallyport.line.Revoke
 }
 var file_linepb_line_proto_depIdxs = []int32{
 	3,  // 0: sallyport.line.Message.start:type_name -> sallyport.line.Start
@@ -3291,36 +3368,37 @@ var file_linepb_line_proto_depIdxs = []int32{
 	20, // 14: sallyport.line.Message.app_certificates:type_name -> sallyport.line.AppCertificates
 	33, // 15: sallyport.line.Message.ready:type_name -> sallyport.line.Ready
 	34, // 16: sallyport.line.Message.dial:type_name -> sallyport.line.Dial
-	36, // 17: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
-	38, // 18: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
-	40, // 19: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
-	41, // 20: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
-	42, // 21: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
+	37, // 17: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
+	39, // 18: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
+	41, // 19: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
+	42, // 20: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
+	43, // 21: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
 	22, // 22: sallyport.line.Message.app_sign:type_name -> sallyport.line.AppSign
-	7,  // 23: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
-	26, // 24: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
-	28, // 25: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
-	35, // 26: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
-	37, // 27: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
-	39, // 28: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
-	30, // 29: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
-	23, // 30: sallyport.line.Message.app_sign_reply:type_name -> sallyport.line.AppSignReply
-	4,  // 31: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
-	8,  // 32: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
-	0,  // 33: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
-	10, // 34: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
-	13, // 35: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
-	15, // 36: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
-	17, // 37: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
-	21, // 38: sallyport.line.AppCertificates.certificates:type_name -> sallyport.line.AppCertificate
-	24, // 39: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
-	24, // 40: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
-	1,  // 41: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
-	42, // [42:42] is the sub-list for method output_type
-	42, // [42:42] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	35, // 23: sallyport.line.Message.dial_issuer:type_name -> sallyport.line.DialIssuer
+	7,  // 24: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
+	26, // 25: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
+	28, // 26: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
+	36, // 27: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
+	38, // 28: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
+	40, // 29: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
+	30, // 30: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
+	23, // 31: sallyport.line.Message.app_sign_reply:type_name -> sallyport.line.AppSignReply
+	4,  // 32: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
+	8,  // 33: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
+	0,  // 34: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
+	10, // 35: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
+	13, // 36: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
+	15, // 37: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
+	17, // 38: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
+	21, // 39: sallyport.line.AppCertificates.certificates:type_name -> sallyport.line.AppCertificate
+	24, // 40: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
+	24, // 41: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
+	1,  // 42: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
+	43, // [43:43] is the sub-list for method output_type
+	43, // [43:43] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_linepb_line_proto_init() }
@@ -3352,6 +3430,7 @@ func file_linepb_line_proto_init() {
 		(*Message_RefreshKeys)(nil),
 		(*Message_Revoke)(nil),
 		(*Message_AppSign)(nil),
+		(*Message_DialIssuer)(nil),
 		(*Message_PoliciesReply)(nil),
 		(*Message_RelationReply)(nil),
 		(*Message_StatusReply)(nil),
@@ -3367,7 +3446,7 @@ func file_linepb_line_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_linepb_line_proto_rawDesc), len(file_linepb_line_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   41,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -210,6 +210,16 @@ func (m *Session) newStream(id uint32) *Stream {
 // content. It parks until the peer's settings are known, or the deadline.
 // ErrDraining says that another session may be asked.
 func (m *Session) Open(t *netloop.Task, list []Field, end bool, deadline time.Time) (*Stream, error) {
+	return m.open(t, list, end, deadline, (*Session).Usable)
+}
+
+// OpenLast is Open also for a session that was retired and that the peer has
+// not ended: for what the streams that are left need.
+func (m *Session) OpenLast(t *netloop.Task, list []Field, end bool, deadline time.Time) (*Stream, error) {
+	return m.open(t, list, end, deadline, func(m *Session) bool { return !m.over && m.retired || m.Usable() })
+}
+
+func (m *Session) open(t *netloop.Task, list []Field, end bool, deadline time.Time, usable func(*Session) bool) (*Stream, error) {
 	for !m.settled && !m.over && !m.draining {
 		// Its number of streams and their windows are not known before.
 		if err := t.WaitUntil(&m.changed, deadline); err != nil {
@@ -219,7 +229,7 @@ func (m *Session) Open(t *netloop.Task, list []Field, end bool, deadline time.Ti
 	switch {
 	case m.over && m.err != nil:
 		return nil, m.err
-	case !m.Usable():
+	case !usable(m):
 		return nil, ErrDraining
 	}
 	s := m.newStream(m.nextID)

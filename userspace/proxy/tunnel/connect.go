@@ -63,15 +63,17 @@ func (s *Stream) Refuse(status int, reason string) error {
 }
 
 // serve runs the handler for a request that can be one.
-func serve(t *netloop.Task, s *http2.Stream, handler func(*netloop.Task, *Stream)) {
+func serve(t *netloop.Task, s *http2.Stream, h Handler) {
 	stream := &Stream{Stream: s}
 	switch method, err := stream.request.parse(s.Head()); {
 	case err != nil:
 		s.Reset(http2.CodeProtocol, err)
+	case method == "PUT" && h.Tokens != nil:
+		stream.takeTokens(h.Tokens)
 	case method != "CONNECT":
 		_ = stream.Refuse(405, "")
 	default:
-		handler(t, stream)
+		h.Connect(t, stream)
 	}
 }
 

@@ -3,8 +3,9 @@
 // Package tunnel carries many byte streams over one connection as HTTP/2
 // CONNECT streams (RFC 9113, 8.5), compatible with HBONE: the authority is
 // the original destination, 200 opens the stream, and `forwarded: for=` holds
-// the client's address. It speaks nothing else of HTTP/2; frames, windows and
-// limits are those of package http2. A stream is a netloop.Stream, so that
+// the client's address. Besides, a client may present the access tokens that
+// its node has obtained for it (PUT). It speaks nothing else of HTTP/2; frames,
+// windows and limits are those of package http2. A stream is a netloop.Stream, so that
 // whoever relays cannot tell it from a socket.
 package tunnel
 
@@ -19,12 +20,20 @@ type Config = http2.Config
 // Session is one tunnel connection. It belongs to one loop.
 type Session struct{ *http2.Session }
 
-// Serve runs the server's side of a session on c until it ends; handler runs
-// for each CONNECT request in a task of its own, and the stream is closed
-// when it returns. Serve returns nil when both sides ended in order. It does
-// not close c.
-func Serve(t *netloop.Task, c netloop.Stream, cfg Config, handler func(*netloop.Task, *Stream)) error {
-	return http2.Serve(t, c, cfg, func(t *netloop.Task, s *http2.Stream) { serve(t, s, handler) })
+// Handler is what a server does.
+type Handler struct {
+	// Connect runs for each CONNECT request in a task of its own; the stream is
+	// closed when it returns.
+	Connect func(*netloop.Task, *Stream)
+	// Tokens takes what the client presents, at most MaxTokens bytes in place of
+	// what it presented before, and says whether it is well formed. Nil refuses.
+	Tokens func(list []byte) bool
+}
+
+// Serve runs the server's side of a session on c until it ends. It returns nil
+// when both sides ended in order. It does not close c.
+func Serve(t *netloop.Task, c netloop.Stream, cfg Config, h Handler) error {
+	return http2.Serve(t, c, cfg, func(t *netloop.Task, s *http2.Stream) { serve(t, s, h) })
 }
 
 // Dial starts the client's side of a session on c, which must be owned by

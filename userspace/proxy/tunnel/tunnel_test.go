@@ -136,7 +136,7 @@ func echo(task *netloop.Task, s *Stream) {
 }
 
 func serveEcho(t *testing.T, e *netloop.Engine, cfg Config) string {
-	return listen(t, e, func(task *netloop.Task, c *netloop.Conn) { _ = Serve(task, c, cfg, echo) })
+	return listen(t, e, func(task *netloop.Task, c *netloop.Conn) { _ = Serve(task, c, cfg, Handler{Connect: echo}) })
 }
 
 func soon() time.Time { return time.Now().Add(10 * time.Second) }
@@ -398,11 +398,11 @@ func TestReset(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
 		got := make(chan error, 1)
 		addr := listen(t, e, func(task *netloop.Task, c *netloop.Conn) {
-			_ = Serve(task, c, Config{}, func(task *netloop.Task, s *Stream) {
+			_ = Serve(task, c, Config{}, Handler{Connect: func(task *netloop.Task, s *Stream) {
 				_ = s.Accept()
 				_, err := io.ReadAll(s)
 				got <- err
-			})
+			}})
 		})
 		onLoop(t, e, func(task *netloop.Task) error {
 			m, err := dial(t, task, addr, Config{})

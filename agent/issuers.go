@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"net"
+	"net/url"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/line"
+	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+)
+
+const (
+	// issuerDialTimeout bounds a connection to an issuer, its look-up included.
+	issuerDialTimeout = 10 * time.Second
+	// maxIssuerDials bounds how many are under way.
+	maxIssuerDials = 16
+)
+
+// dialIssuer connects to an issuer's token endpoint. It may take long, so that
+// nothing else waits for it.
+func (s *session) dialIssuer(in *line.Incoming, q *linepb.DialIssuer) {
+	endpoint, err := s.a.tokenEndpoint(q)
+	if err != nil {
+		s.answerDial(in, -1, err)
+		return
+	}
+	if s.a.issuerDials.Add(1) > maxIssuerDials {
+		s.a.issuerDials.Add(-1)
+		s.answerDial(in, -1, refuse(flow.ReasonOverload, "too many connections to issuers are being made"))
+		return
+	}
+	in.Later()
+	go func() {
+		defer s.a.issuerDials.Add(-1)
+		fd, err := dialTCP(s.a.current, endpoint)
+		s.answerDial(in, fd, err)
+	}()
+}
+
+// tokenEndpoint returns the address, HOST:PORT, to which the plan has userspace
+// turn for an identity.
+func (a *Agent) tokenEndpoint(q *linepb.DialIssuer) (string, error) {
+	v := a.view.Load()
+	if v == nil {
+		return "", refuse(flow.ReasonNotReady, "no policies are in force yet")
+	}
+	id, _, ok := v.plan.Identity(q.GetId())
+	if !ok || !v.local[id] || id.ID != q.GetId() {
+		return "", refuse(flow.ReasonLineRefused, "dial issuer: %q is no identity of this node", q.GetId())
+	}
+	issuer := issuerOf(id, q.GetIssuer())
+	if issuer == nil {
+		return "", refuse(flow.ReasonLineRefused, "dial issuer: %s obtains no token of %q", id.FullName(), q.GetIssuer())
+	}
+	if err := v.barred(id); err != nil {
+		return "", err
+	}
+	u, err := url.Parse(issuer.TokenURL)
+	if err != nil {
+		return "", err // it was parsed before
+	}
+	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "443")), nil
+}
+
+// issuerOf returns the issuer of that name of which an identity obtains tokens.
+func issuerOf(id *compile.Identity, name string) *compile.Issuer {
+	for _, o := range id.Tokens {
+		if o.Issuer.FullName() == name {
+			return o.Issuer
+		}
+	}
+	return nil
+}
+
+// dialTCP makes a connection outside all workloads and returns its descriptor,
+// which is the caller's.
+func dialTCP(ctx context.Context, address string) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, issuerDialTimeout)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return -1, err
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd := -1
+	var dupErr error
+	err = raw.Control(func(own uintptr) { fd, dupErr = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) })
+	return fd, errors.Join(err, dupErr)
+}
