@@ -6,6 +6,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -17,21 +19,30 @@ import (
 
 // identityJSON is one identity as `identity list -o json` writes it.
 type identityJSON struct {
-	Name       string   `json:"name"`
-	ID         string   `json:"id"`
-	Number     uint32   `json:"number"`
-	Owner      string   `json:"owner"`
-	Expires    string   `json:"expires"`
-	Selector   string   `json:"selector,omitempty"`
-	Endpoints  []string `json:"endpoints,omitempty"`
-	MayCall    []string `json:"mayCall,omitempty"`
-	Mode       string   `json:"mode"`
-	Position   string   `json:"position"`
-	Cgroups    []string `json:"cgroups,omitempty"`
-	Thumbprint string   `json:"thumbprint,omitempty"` // of its certificate: SHA-256, hex
-	Serial     string   `json:"serial,omitempty"`
-	NotAfter   string   `json:"notAfter,omitempty"`
-	Problem    string   `json:"problem,omitempty"`
+	Name       string      `json:"name"`
+	ID         string      `json:"id"`
+	Number     uint32      `json:"number"`
+	Owner      string      `json:"owner"`
+	Expires    string      `json:"expires"`
+	Selector   string      `json:"selector,omitempty"`
+	Endpoints  []string    `json:"endpoints,omitempty"`
+	MayCall    []string    `json:"mayCall,omitempty"`
+	Mode       string      `json:"mode"`
+	Position   string      `json:"position"`
+	Cgroups    []string    `json:"cgroups,omitempty"`
+	Thumbprint string      `json:"thumbprint,omitempty"` // of its certificate: SHA-256, hex
+	Serial     string      `json:"serial,omitempty"`
+	NotAfter   string      `json:"notAfter,omitempty"`
+	Problem    string      `json:"problem,omitempty"`
+	Tokens     []heldToken `json:"tokens,omitempty"`
+}
+
+// heldToken is a token that is obtained for an identity's calls to another.
+type heldToken struct {
+	To       string `json:"to"`
+	Issuer   string `json:"issuer"`
+	NotAfter string `json:"notAfter,omitempty"`
+	Problem  string `json:"problem,omitempty"`
 }
 
 func newIdentity() *cobra.Command {
@@ -74,6 +85,9 @@ func newIdentity() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		if err := heldTokens(w, ids); err != nil {
+			return err
+		}
 		return strangers(c, r)
 	}
 	c.AddCommand(list)
@@ -100,9 +114,35 @@ func identities(r *controlpb.IdentitiesReply, st *userspace.Status) []identityJS
 				}
 			}
 		}
+		for _, t := range st.Obtained {
+			if t.ID != i.GetSpiffeId() {
+				continue
+			}
+			held := heldToken{To: t.To, Issuer: t.Issuer, Problem: t.Error}
+			if !t.Expires.IsZero() {
+				held.NotAfter = t.Expires.UTC().Format("15:04:05Z")
+			}
+			one.Tokens = append(one.Tokens, held)
+		}
 		out = append(out, one)
 	}
 	return out
+}
+
+// heldTokens lists the tokens that are obtained for workloads.
+func heldTokens(w io.Writer, ids []identityJSON) error {
+	if !slices.ContainsFunc(ids, func(i identityJSON) bool { return len(i.Tokens) > 0 }) {
+		return nil
+	}
+	fmt.Fprintln(w)
+	return table(w, func(row func(...any)) {
+		row("TOKEN FOR", "CALLS TO", "ISSUER", "UNTIL", "PROBLEM")
+		for _, i := range ids {
+			for _, t := range i.Tokens {
+				row(i.Name, t.To, t.Issuer, orDash(t.NotAfter), orDash(t.Problem))
+			}
+		}
+	})
 }
 
 // strangers lists the workloads that no identity claims, and what they lack.

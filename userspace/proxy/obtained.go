@@ -88,11 +88,22 @@ func (c *call) present(m *tunnel.Session, deadline time.Time) {
 	if source.Pending(id, to) {
 		c.awaitToken(c.t, earlier(deadline, time.Now().Add(obtainWait)))
 	}
-	give := func(t *netloop.Task, deadline time.Time) {
-		list := source.All(id, to)
-		if err := m.Present(t, appendTokens(nil, list[max(0, len(list)-maxPresented):]), deadline); err != nil {
-			c.p.opt.Logger.Warn("tokens not presented to the other node", "identity", id, "to", to, "error", err)
+	log := c.p.opt.Logger
+	giving, again := false, false
+	give := func(t *netloop.Task) {
+		again = true
+		if giving {
+			return // who gives sees to it
 		}
+		giving = true
+		for again {
+			again = false
+			list := source.All(id, to)
+			if err := m.Present(t, appendTokens(nil, list[max(0, len(list)-maxPresented):]), time.Now().Add(obtainWait)); err != nil {
+				log.Warn("tokens not presented to the other node", "identity", id, "to", to, "error", err)
+			}
+		}
+		giving = false
 	}
 	engine, loop := c.t.Engine(), c.t.Loop()
 	var stop func()
@@ -102,10 +113,10 @@ func (c *call) present(m *tunnel.Session, deadline time.Time) {
 				stop()
 				return
 			}
-			give(t, time.Now().Add(obtainWait))
+			give(t)
 		})
 	})
-	give(c.t, deadline)
+	give(c.t)
 }
 
 // awaitToken waits for the first try to obtain the caller's token.

@@ -477,9 +477,9 @@ func twoNodes(t testing.TB, o nodeOptions) (a, b *node) {
 		o.mode = "enforce"
 	}
 	ca := authority(t)
-	b = newNode(t, ca, nodeOptions{goroutines: o.goroutines, mode: o.mode, ttl: o.ttl, change: o.change,
+	b = newNode(t, ca, nodeOptions{plan: o.plan, goroutines: o.goroutines, mode: o.mode, ttl: o.ttl, change: o.change,
 		ids: map[flow.IdentityNumber]string{serverNumber: serverID}, addresses: []NetnsAddresses{{serverNetns, []netip.Addr{serverAddr}}}})
-	a = newNode(t, ca, nodeOptions{goroutines: o.goroutines, mode: o.mode, ttl: o.ttl, change: o.change,
+	a = newNode(t, ca, nodeOptions{plan: o.plan, goroutines: o.goroutines, mode: o.mode, ttl: o.ttl, change: o.change,
 		ids: map[flow.IdentityNumber]string{clientNumber: clientID, otherNumber: otherID}, addresses: []NetnsAddresses{{clientNetns, []netip.Addr{clientAddr}}}})
 	a.tunnels[serverAddr] = b.tunnelListener()
 	return a, b

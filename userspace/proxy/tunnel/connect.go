@@ -62,18 +62,24 @@ func (s *Stream) Refuse(status int, reason string) error {
 	return s.Close()
 }
 
+// server is the server's side of a session.
+type server struct {
+	Handler
+	taking bool // a list of tokens is being received
+}
+
 // serve runs the handler for a request that can be one.
-func serve(t *netloop.Task, s *http2.Stream, h Handler) {
+func (m *server) serve(t *netloop.Task, s *http2.Stream) {
 	stream := &Stream{Stream: s}
 	switch method, err := stream.request.parse(s.Head()); {
 	case err != nil:
 		s.Reset(http2.CodeProtocol, err)
-	case method == "PUT" && h.Tokens != nil:
-		stream.takeTokens(h.Tokens)
+	case method == "PUT" && m.Tokens != nil:
+		m.takeTokens(stream)
 	case method != "CONNECT":
 		_ = stream.Refuse(405, "")
 	default:
-		h.Connect(t, stream)
+		m.Connect(t, stream)
 	}
 }
 

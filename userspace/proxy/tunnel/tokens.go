@@ -46,12 +46,19 @@ func (m *Session) Present(t *netloop.Task, list []byte, deadline time.Time) erro
 	return s.Close()
 }
 
-// takeTokens serves a PUT.
-func (s *Stream) takeTokens(take func([]byte) bool) {
-	if path, _ := s.Head().Only(":path"); path != tokensPath {
+// takeTokens serves a PUT; one at a time, so that a peer has no more held than
+// one may be long.
+func (m *server) takeTokens(s *Stream) {
+	switch path, _ := s.Head().Only(":path"); {
+	case path != tokensPath:
 		_ = s.Refuse(404, "")
 		return
+	case m.taking:
+		_ = s.Refuse(429, "")
+		return
 	}
+	m.taking = true
+	defer func() { m.taking = false }()
 	_ = s.SetReadDeadline(time.Now().Add(tokensTimeout))
 	var list []byte
 	buf := make([]byte, 16<<10)
@@ -69,7 +76,7 @@ func (s *Stream) takeTokens(take func([]byte) bool) {
 			return
 		}
 	}
-	if !take(list) {
+	if !m.Tokens(list) {
 		_ = s.Refuse(400, "")
 		return
 	}

@@ -33,7 +33,8 @@ type Handler struct {
 // Serve runs the server's side of a session on c until it ends. It returns nil
 // when both sides ended in order. It does not close c.
 func Serve(t *netloop.Task, c netloop.Stream, cfg Config, h Handler) error {
-	return http2.Serve(t, c, cfg, func(t *netloop.Task, s *http2.Stream) { serve(t, s, h) })
+	side := &server{Handler: h}
+	return http2.Serve(t, c, cfg, side.serve)
 }
 
 // Dial starts the client's side of a session on c, which must be owned by

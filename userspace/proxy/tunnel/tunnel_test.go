@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -612,4 +613,96 @@ func onlyHTTP2() *http.Protocols {
 	p := new(http.Protocols)
 	p.SetUnencryptedHTTP2(true)
 	return p
+}
+
+// TestPresent holds what a client presents, in order and within bounds.
+func TestPresent(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
+		var mu sync.Mutex
+		var lists [][]byte
+		came := func() [][]byte {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(lists)
+		}
+		addr := listen(t, e, func(task *netloop.Task, c *netloop.Conn) {
+			_ = Serve(task, c, Config{}, Handler{Connect: echo, Tokens: func(list []byte) bool {
+				mu.Lock()
+				defer mu.Unlock()
+				lists = append(lists, list)
+				return !bytes.HasPrefix(list, []byte("bad"))
+			}})
+		})
+		deaf := serveEcho(t, e, Config{})
+		onLoop(t, e, func(task *netloop.Task) error {
+			m, err := dial(t, task, addr, Config{})
+			if err != nil {
+				return err
+			}
+			large := bytes.Repeat([]byte("x"), MaxTokens)
+			for _, c := range []struct {
+				list   []byte
+				status int
+			}{{[]byte("one"), 0}, {nil, 0}, {[]byte("bad"), 400}, {large, 0}, {append(large, 'x'), 413}, {[]byte("two"), 0}} {
+				err := m.Present(task, c.list, soon())
+				refused, _ := errors.AsType[*RefusedError](err)
+				if c.status == 0 && err != nil || c.status != 0 && (refused == nil || refused.Status != c.status) {
+					return fmt.Errorf("%d bytes: %w", len(c.list), err)
+				}
+			}
+			if got := came(); len(got) != 5 || len(got[3]) != MaxTokens || string(got[4]) != "two" {
+				return fmt.Errorf("%d lists came: %.20q", len(got), got)
+			}
+			// Two at once, of which the first is not complete.
+			half, err := m.OpenLast(task, []http2.Field{{Name: ":method", Value: "PUT"}, {Name: ":scheme", Value: "https"}, {Name: ":authority", Value: "a"}, {Name: ":path", Value: tokensPath}}, false, soon())
+			if err != nil {
+				return err
+			}
+			if err := exchange(task, m, 10); err != nil {
+				return err
+			}
+			err = m.Present(task, []byte("x"), soon())
+			if refused, ok := errors.AsType[*RefusedError](err); !ok || refused.Status != 429 {
+				return fmt.Errorf("beside another: %w", err)
+			}
+			half.Reset(http2.CodeCancel, nil)
+			other, err := m.OpenLast(task, []http2.Field{{Name: ":method", Value: "PUT"}, {Name: ":scheme", Value: "https"}, {Name: ":authority", Value: "a"}, {Name: ":path", Value: "/else"}}, true, soon())
+			if err != nil {
+				return err
+			}
+			h, err := other.ReadHead()
+			if err != nil {
+				return err
+			}
+			if status, _ := h.Only(":status"); status != "404" {
+				return fmt.Errorf("another path: %s", status)
+			}
+			// A session that was retired still takes them, as long as it has streams.
+			open, err := m.Open(task, "a.example:1", "", soon())
+			if err != nil {
+				return err
+			}
+			m.Retire()
+			if _, err := m.Open(task, "a.example:1", "", soon()); !errors.Is(err, http2.ErrDraining) {
+				return fmt.Errorf("a retired session: %w", err)
+			}
+			if err := m.Present(task, []byte("late"), soon()); err != nil {
+				return fmt.Errorf("a retired session: %w", err)
+			}
+			if got := came(); string(got[len(got)-1]) != "late" {
+				return fmt.Errorf("%.20q came last", got[len(got)-1])
+			}
+			_ = open.Close()
+			without, err := dial(t, task, deaf, Config{})
+			if err != nil {
+				return err
+			}
+			err = without.Present(task, []byte("x"), soon())
+			if refused, ok := errors.AsType[*RefusedError](err); !ok || refused.Status != 405 {
+				return fmt.Errorf("a server that takes none: %w", err)
+			}
+			without.Drain()
+			return nil
+		})
+	})
 }
