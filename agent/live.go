@@ -192,7 +192,7 @@ func (s *sweep) judgeDirect(netns uint64, sock *sockdiag.Socket, id *compile.Ide
 // permitted says whether an enforced identity may connect to an address by
 // its egress, without any flow entry.
 func (s *sweep) permitted(id *compile.Identity, to netip.AddrPort) bool {
-	return s.v.plan.Claimed(to) == nil && s.v.egress(id, to)
+	return s.v.plan.Claimed(to) == nil && s.v.egress(id, to, "")
 }
 
 // reconcileFlows drops the flow entries whose sockets are gone.

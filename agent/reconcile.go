@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sallyport-dev/sallyport/agent/appcerts"
 	"github.com/sallyport-dev/sallyport/agent/datapath"
 	"github.com/sallyport-dev/sallyport/agent/keys"
@@ -337,7 +339,7 @@ func (a *Agent) state(v *view) datapath.State {
 	s := datapath.State{
 		Identities: map[uint64]datapath.Identity{a.cgroups.agentID: {Flags: datapath.FlagAgent, Mode: flow.ModeEnforce}},
 		Paths:      map[string]datapath.Identity{}, Claims: map[netip.AddrPort]flow.IdentityNumber{},
-		Egress: map[datapath.EgressRule]bool{}, Protected: map[datapath.ProtectedPort]datapath.Protection{},
+		Egress: map[datapath.EgressRule]datapath.EgressAction{}, Protected: map[datapath.ProtectedPort]datapath.Protection{},
 	}
 	names := map[string]*compile.Identity{}
 	before := a.ambiguous
@@ -357,9 +359,16 @@ func (a *Agent) state(v *view) datapath.State {
 			}
 			for _, prefix := range prefixes {
 				for _, port := range e.Ports {
-					for _, protocol := range []uint8{6, 17} {
-						s.Egress[datapath.EgressRule{Identity: v.numbers[id], Prefix: prefix, Port: port, Protocol: protocol}] = true
+					rule := datapath.EgressRule{Identity: v.numbers[id], Prefix: prefix, Port: port, Protocol: unix.IPPROTO_TCP}
+					if e.Verify {
+						if s.Egress[rule] == 0 { // else another entry lets it go there anyway
+							s.Egress[rule] = datapath.EgressProxy
+						}
+						continue
 					}
+					s.Egress[rule] = datapath.EgressLeave
+					rule.Protocol = unix.IPPROTO_UDP
+					s.Egress[rule] = datapath.EgressLeave
 				}
 			}
 		}
@@ -397,7 +406,7 @@ func (a *Agent) state(v *view) datapath.State {
 
 func (a *Agent) kernelIdentity(v *view, id *compile.Identity, flags datapath.Flags) datapath.Identity {
 	mode := v.mode(id.Mode)
-	if mode == flow.ModeEnforce {
+	if mode == flow.ModeEnforce || mode == flow.ModeAudit && id.Egress != nil {
 		flags |= datapath.FlagEgressDeny
 	}
 	if v.revoked[id.ID] {

@@ -185,7 +185,7 @@ func (a *Agent) dial(q *linepb.Dial) (int, error) {
 		to = netip.AddrPortFrom(to.Addr(), a.ports.Tunnel)
 		err = checkPeer(v, ns, to.Addr(), source)
 	case linepb.DialKind_PLAIN:
-		err = checkPlain(v, ns, to, source)
+		err = checkPlain(v, ns, to, source, q.GetHost())
 	default:
 		err = refuse(flow.ReasonLineRefused, "dial %s: unknown kind", to)
 	}
@@ -260,7 +260,7 @@ func checkPeer(v *view, ns *namespace, host netip.Addr, source *compile.Identity
 }
 
 // checkPlain: only for an identity that lives there and is not held back.
-func checkPlain(v *view, ns *namespace, to netip.AddrPort, source *compile.Identity) error {
+func checkPlain(v *view, ns *namespace, to netip.AddrPort, source *compile.Identity, host string) error {
 	if source == nil || !v.livesIn(source, ns.Cookie()) {
 		return refuse(flow.ReasonLineRefused, "dial %s: the caller does not live in that namespace", to)
 	}
@@ -270,7 +270,7 @@ func checkPlain(v *view, ns *namespace, to netip.AddrPort, source *compile.Ident
 	if err := v.barred(source); err != nil {
 		return err
 	}
-	if v.plan.Claimed(to) == nil && v.egress(source, to) {
+	if v.plan.Claimed(to) == nil && v.egress(source, to, host) {
 		return nil
 	}
 	return refuse(flow.ReasonLineRefused, "dial %s: %s is enforced and may not connect there", to, source.FullName())

@@ -428,3 +428,29 @@ func TestFloodIsRefusedAndCounted(t *testing.T) {
 		t.Error("it was started again")
 	}
 }
+
+// An address of a host that must prove its name is nobody's without that name.
+func TestEgressOfAVerifiedHost(t *testing.T) {
+	at := netip.MustParseAddrPort("203.0.113.9:443")
+	v := &view{resolved: map[string][]netip.Addr{"a.test": {at.Addr()}, "b.test": {at.Addr()}, "c.test": {netip.MustParseAddr("203.0.113.10")}}}
+	verified := func(host string) compile.Egress { return compile.Egress{Host: host, Ports: []uint16{443}, Verify: true} }
+	any443 := []uint16{443}
+	for _, c := range []struct {
+		name   string
+		egress []compile.Egress
+		host   string
+		want   bool
+	}{
+		{"its name", []compile.Egress{verified("a.test")}, "a.test", true},
+		{"no name", []compile.Egress{verified("a.test")}, "", false},
+		{"a name that is not listed", []compile.Egress{verified("a.test")}, "b.test", false},
+		{"a name whose address it is not", []compile.Egress{verified("a.test"), verified("c.test")}, "c.test", false},
+		{"the second of two", []compile.Egress{verified("a.test"), verified("b.test")}, "b.test", true},
+		{"a range as well", []compile.Egress{verified("a.test"), {Prefix: netip.MustParsePrefix("203.0.113.0/24"), Ports: any443}}, "", true},
+		{"any TLS", []compile.Egress{{Host: "a.test", Ports: any443}}, "", true},
+	} {
+		if got := v.egress(&compile.Identity{Egress: c.egress}, at, c.host); got != c.want {
+			t.Errorf("%s: %t", c.name, got)
+		}
+	}
+}

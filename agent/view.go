@@ -114,10 +114,11 @@ func (v *view) barred(id *compile.Identity) error {
 // mode is what a mode amounts to under the ceiling.
 func (v *view) mode(m flow.Mode) flow.Mode { return flow.MinMode(m, v.ceiling) }
 
-// egress says whether an identity's egress lists an address.
-func (v *view) egress(id *compile.Identity, to netip.AddrPort) bool {
+// egress says whether an identity's egress lists an address, host being the
+// one whose name was verified there, "" for none.
+func (v *view) egress(id *compile.Identity, to netip.AddrPort, host string) bool {
 	return slices.ContainsFunc(id.Egress, func(e compile.Egress) bool {
-		return slices.Contains(e.Ports, to.Port()) && (e.Prefix.Contains(to.Addr()) || slices.Contains(v.resolved[e.Host], to.Addr()))
+		return slices.Contains(e.Ports, to.Port()) && (e.Prefix.Contains(to.Addr()) || slices.Contains(v.resolved[e.Host], to.Addr())) && (!e.Verify || e.Host == host)
 	})
 }
 

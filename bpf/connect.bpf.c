@@ -250,8 +250,18 @@ static __always_inline enum outcome decide(struct attempt *a, struct bpf_sock_ad
 	a->target = server_of(a->e.netns, &a->e.dst, a->e.dport);
 	a->e.target = a->target;
 	if (!a->target) {
-		if (!(a->flags & IDENTITY_EGRESS_DENY) || egress_allowed(a->number, a->e.proto, &a->e.dst, a->e.dport))
+		if (!(a->flags & IDENTITY_EGRESS_DENY))
 			return LEAVE;
+		switch (egress_to(a->number, a->e.proto, &a->e.dst, a->e.dport)) {
+		case EGRESS_LEAVE:
+			return LEAVE;
+		case EGRESS_PROXY:
+			if (a->e.proto == IPPROTO_TCP)
+				return route(a, c, ctx, tag);
+			break;
+		case EGRESS_REFUSE:
+			break;
+		}
 		return refused(&a->e, REASON_EGRESS, a->mode) ? REFUSE : LEAVE;
 	}
 	/* Nothing verifies datagrams; QUIC falls back to TCP when refused. */

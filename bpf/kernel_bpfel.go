@@ -92,6 +92,14 @@ const (
 	KernelCounterCOUNTERS                KernelCounter = 64
 )
 
+type KernelEgressAction uint32
+
+const (
+	KernelEgressActionEGRESS_REFUSE KernelEgressAction = 0
+	KernelEgressActionEGRESS_LEAVE  KernelEgressAction = 1
+	KernelEgressActionEGRESS_PROXY  KernelEgressAction = 2
+)
+
 type KernelEgressKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -106,8 +114,8 @@ type KernelEgressKey struct {
 }
 
 type KernelEgressValue struct {
-	_     structs.HostLayout
-	Allow uint32
+	_      structs.HostLayout
+	Action KernelEgressAction
 }
 
 type KernelEvent struct {

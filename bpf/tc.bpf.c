@@ -62,9 +62,10 @@ static __always_inline bool untagged(struct __sk_buff *skb, const struct control
 		if (bpf_map_lookup_elem(&flow, &p->key))
 			return false;
 		e.target = server_of(p->key.netns, &p->key.dst, p->key.dport);
-		if (!e.target && !(me.flags & IDENTITY_EGRESS_DENY))
+		/* What is only watched connect has told of. */
+		if (!e.target && (!(me.flags & IDENTITY_EGRESS_DENY) || soften(me.mode, c) != MODE_ENFORCE))
 			return false;
-		if (!e.target && egress_allowed(e.identity, IPPROTO_TCP, &p->key.dst, p->key.dport))
+		if (!e.target && egress_to(e.identity, IPPROTO_TCP, &p->key.dst, p->key.dport) == EGRESS_LEAVE)
 			return false;
 	}
 	e.hook = HOOK_EGRESS;

@@ -31,7 +31,7 @@ func (a agent) Dial(r proxy.DialRequest, done func(fd int, reason flow.Reason, e
 	m := &linepb.Message{Body: &linepb.Message_Dial{Dial: &linepb.Dial{
 		Kind: linepb.DialKind(r.Kind), NetnsCookie: r.Netns, Address: r.Address.Addr().AsSlice(), Port: uint32(r.Address.Port()),
 		ClientAddress: r.Client.Addr().AsSlice(), ClientPort: uint32(r.Client.Port()),
-		SourceIdentity: uint32(r.Source), TargetIdentity: uint32(r.Target),
+		SourceIdentity: uint32(r.Source), TargetIdentity: uint32(r.Target), Host: r.Host,
 	}}}
 	a.conn.Go(m, func(m *linepb.Message, fds []int, err error) {
 		reply := m.GetDialReply()

@@ -182,7 +182,7 @@ func (p *process) open(ctx context.Context) error {
 		return fmt.Errorf("start event loops: %w", err)
 	}
 	p.proxy = proxy.New(p.engine, proxy.Options{
-		Pipeline: p.pipeline, Agent: agent{p.conn, p.log}, Flows: &p.flows, Leaves: p.leaves, Verifier: p.verifier, Obtained: p.obtained,
+		Pipeline: p.pipeline, Agent: agent{p.conn, p.log}, Flows: &p.flows, Leaves: p.leaves, Verifier: p.verifier, Obtained: p.obtained, Roots: p.roots,
 		Anchor: anchorOf(p.start.GetAnchor()), Logger: p.log,
 	})
 	return nil

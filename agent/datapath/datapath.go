@@ -301,6 +301,28 @@ func claimedKey(at netip.AddrPort) (key bpf.KernelClaimedKey, err error) {
 	return key, nil
 }
 
+// EgressAction is what becomes of a connection that egress lists.
+type EgressAction uint32
+
+// The actions.
+const (
+	// EgressLeave lets it go there by itself.
+	EgressLeave = EgressAction(bpf.KernelEgressActionEGRESS_LEAVE)
+	// EgressProxy has the proxy see to whom it speaks; TCP only.
+	EgressProxy = EgressAction(bpf.KernelEgressActionEGRESS_PROXY)
+)
+
+// String returns the action's word.
+func (a EgressAction) String() string {
+	switch a {
+	case EgressLeave:
+		return "allowed"
+	case EgressProxy:
+		return "by the proxy"
+	}
+	return "refused"
+}
+
 // EgressRule allows an identity with FlagEgressDeny destinations that nobody
 // claims.
 type EgressRule struct {
@@ -310,13 +332,13 @@ type EgressRule struct {
 	Protocol uint8  // 6 or 17
 }
 
-// AllowEgress adds a rule.
-func (d *Datapath) AllowEgress(r EgressRule) error {
+// AllowEgress adds a rule, with EgressLeave or EgressProxy.
+func (d *Datapath) AllowEgress(r EgressRule, action EgressAction) error {
 	key, err := egressKey(r)
 	if err != nil {
 		return err
 	}
-	if err := d.maps.Egress.Put(&key, &bpf.KernelEgressValue{Allow: 1}); err != nil {
+	if err := d.maps.Egress.Put(&key, &bpf.KernelEgressValue{Action: bpf.KernelEgressAction(action)}); err != nil {
 		return fmt.Errorf("allow egress to %s: %w", r.Prefix, full(err))
 	}
 	return nil

@@ -35,7 +35,7 @@ func (s State) Diff(after State) []Change {
 	out = diff(out, "identities", s.Identities, after.Identities, func(id uint64) string { return fmt.Sprintf("cgroup %d", id) }, Identity.text)
 	out = diff(out, "paths", s.Paths, after.Paths, func(path string) string { return path }, Identity.text)
 	out = diff(out, "claims", claimed(s.Claims), claimed(after.Claims), netip.AddrPort.String, func(n uint32) string { return fmt.Sprintf("identity %d", n) })
-	out = diff(out, "egress", allowed(s.Egress), allowed(after.Egress), EgressRule.text, func(bool) string { return "allowed" })
+	out = diff(out, "egress", listed(s.Egress), listed(after.Egress), EgressRule.text, EgressAction.String)
 	out = diff(out, "protected", s.Protected, after.Protected, ProtectedPort.text, Protection.text)
 	slices.SortFunc(out, func(a, b Change) int { return cmp.Or(cmp.Compare(a.Table, b.Table), cmp.Compare(a.Key, b.Key)) })
 	return out
@@ -67,12 +67,12 @@ func claimed[N ~uint32](claims map[netip.AddrPort]N) map[netip.AddrPort]uint32 {
 	return out
 }
 
-// allowed leaves out what is not allowed: it is not in the kernel's map.
-func allowed(rules map[EgressRule]bool) map[EgressRule]bool {
-	out := make(map[EgressRule]bool, len(rules))
-	for r, allow := range rules {
-		if allow {
-			out[r] = true
+// listed leaves out what is refused: it is not in the kernel's map.
+func listed(rules map[EgressRule]EgressAction) map[EgressRule]EgressAction {
+	out := make(map[EgressRule]EgressAction, len(rules))
+	for r, action := range rules {
+		if action != 0 {
+			out[r] = action
 		}
 	}
 	return out

@@ -16,7 +16,7 @@ func diffState() State {
 		Identities: map[uint64]Identity{7: {Number: 1, Mode: flow.ModeEnforce}, 8: {Flags: FlagAgent, Mode: flow.ModeEnforce}},
 		Paths:      map[string]Identity{"/shop": {Number: 1, Mode: flow.ModeAudit}},
 		Claims:     map[netip.AddrPort]flow.IdentityNumber{netip.MustParseAddrPort("10.0.0.1:80"): 1},
-		Egress:     map[EgressRule]bool{{Identity: 1, Prefix: netip.MustParsePrefix("10.9.0.0/16"), Port: 5432, Protocol: 6}: true},
+		Egress:     map[EgressRule]EgressAction{{Identity: 1, Prefix: netip.MustParsePrefix("10.9.0.0/16"), Port: 5432, Protocol: 6}: EgressLeave},
 		Protected:  map[ProtectedPort]Protection{{Netns: 3, Port: 80}: {Identity: 1, Mode: flow.ModeAudit}},
 	}
 }
@@ -37,9 +37,9 @@ func TestDiff(t *testing.T) {
 			s.Claims = map[netip.AddrPort]flow.IdentityNumber{netip.MustParseAddrPort("[::ffff:10.0.0.1]:80"): 1}
 		}, nil},
 		{"egress", func(s *State) {
-			s.Egress = map[EgressRule]bool{{Identity: 1, Prefix: netip.MustParsePrefix("10.9.0.0/16"), Port: 443, Protocol: 17}: true}
+			s.Egress = map[EgressRule]EgressAction{{Identity: 1, Prefix: netip.MustParsePrefix("10.9.0.0/16"), Port: 443, Protocol: 17}: EgressLeave}
 		}, []string{"egress: add identity 1 to 10.9.0.0/16 port 443 protocol 17: allowed", "egress: remove identity 1 to 10.9.0.0/16 port 5432 protocol 6: allowed"}},
-		{"egress that is not allowed", func(s *State) { s.Egress[EgressRule{Identity: 9}] = false }, nil},
+		{"egress that is not allowed", func(s *State) { s.Egress[EgressRule{Identity: 9}] = 0 }, nil},
 		{"protected by another", func(s *State) { s.Protected[ProtectedPort{3, 80}] = Protection{Identity: 2, Mode: flow.ModeEnforce} },
 			[]string{"protected: change port 80 of netns 3: identity 1, audit to identity 2, enforce"}},
 		{"nothing", func(s *State) { *s = State{} }, []string{

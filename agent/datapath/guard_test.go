@@ -205,7 +205,7 @@ func TestFlags(t *testing.T) {
 			{clientNumber, netip.MustParsePrefix("192.0.2.10/32"), 0, unix.IPPROTO_TCP},
 			{clientNumber, netip.MustParsePrefix("0.0.0.0/0"), 9999, unix.IPPROTO_TCP},
 		} {
-			must(t, n.AllowEgress(r))
+			must(t, n.AllowEgress(r, EgressLeave))
 			check(open, nil)
 			must(t, n.DenyEgress(r))
 			check(open, unix.EPERM)
@@ -216,7 +216,7 @@ func TestFlags(t *testing.T) {
 			{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_UDP},
 			{clientNumber, netip.MustParsePrefix("::/0"), 9998, unix.IPPROTO_TCP},
 		} {
-			must(t, n.AllowEgress(r))
+			must(t, n.AllowEgress(r, EgressLeave))
 			check(open, unix.EPERM)
 		}
 	})
@@ -487,5 +487,47 @@ func TestSocketsMadeBeforeAreAdopted(t *testing.T) {
 	must(t, err)
 	if c.Adopted < 6 {
 		t.Errorf("adopted %d", c.Adopted)
+	}
+}
+
+// TestEgressByProxy holds that the proxy gets what egress lists for it, over
+// TCP alone, and that nothing goes past it.
+func TestEgressByProxy(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	n.watch(t, "lo", "eth0")
+	outbound, _ := n.listenAll(t)
+	must(t, n.SetIdentity(n.clientCgroup.ID, Identity{clientNumber, flow.ModeEnforce, FlagEgressDeny}))
+	to := netip.MustParseAddrPort("192.0.2.10:9999")
+	server, err := n.server.Listen(to)
+	must(t, err)
+	host := netip.PrefixFrom(to.Addr(), 32)
+	must(t, n.AllowEgress(EgressRule{clientNumber, host, 9999, unix.IPPROTO_TCP}, EgressProxy))
+	must(t, n.AllowEgress(EgressRule{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_TCP}, EgressLeave)) // less exact
+	c, err := n.client.Dial(to)
+	must(t, err)
+	s, peer, err := outbound[4].Accept()
+	must(t, err)
+	local, err := s.Local()
+	must(t, err)
+	f, err := n.LookupFlow(n.netns.Cookie, peer, local)
+	if err != nil || f.Value.Original() != to || f.Value.Target != 0 || f.Value.Identity != uint32(clientNumber) {
+		t.Errorf("flow %+v (%v)", f, err)
+	}
+	must(t, c.Close())
+	must(t, s.Close())
+	nothingAccepted(t, server, "the host")
+	must(t, n.AllowEgress(EgressRule{clientNumber, host, 9999, unix.IPPROTO_UDP}, EgressProxy))
+	u, err := n.client.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+	must(t, err)
+	if err := u.Connect(to); !errors.Is(err, unix.EPERM) {
+		t.Errorf("UDP: %v", err)
+	}
+	// A SYN that connect never saw.
+	n.detach(t, "connect4")
+	s, err = n.client.TCP(to)
+	must(t, err)
+	must(t, s.SetTimeout(200*time.Millisecond))
+	if err := s.Connect(to); !errors.Is(err, unix.EINPROGRESS) {
+		t.Errorf("past the proxy: %v", err)
 	}
 }

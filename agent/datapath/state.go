@@ -18,7 +18,7 @@ type State struct {
 	Identities map[uint64]Identity // by cgroup id
 	Paths      map[string]Identity // by cgroup path, see SetPath
 	Claims     map[netip.AddrPort]flow.IdentityNumber
-	Egress     map[EgressRule]bool
+	Egress     map[EgressRule]EgressAction // what is not there is refused
 	Protected  map[ProtectedPort]Protection
 }
 
@@ -69,24 +69,24 @@ func (d *Datapath) tighten(s State) error {
 }
 
 // applyEgress removes before it adds: of two prefixes the longer one wins,
-// and all of them allow.
-func (d *Datapath) applyEgress(rules map[EgressRule]bool) error {
-	want := make(map[bpf.KernelEgressKey]bool, len(rules))
-	for r, allow := range rules {
-		if !allow {
+// and all of them let it go.
+func (d *Datapath) applyEgress(rules map[EgressRule]EgressAction) error {
+	want := make(map[bpf.KernelEgressKey]EgressAction, len(rules))
+	for r, action := range rules {
+		if action == 0 {
 			continue
 		}
 		key, err := egressKey(r)
 		if err != nil {
 			return err
 		}
-		want[key] = true
+		want[key] = action
 	}
-	if err := prune(d.maps.Egress, func(k *bpf.KernelEgressKey) bool { return want[*k] }); err != nil {
+	if err := prune(d.maps.Egress, func(k *bpf.KernelEgressKey) bool { return want[*k] != 0 }); err != nil {
 		return fmt.Errorf("prune egress: %w", err)
 	}
-	for key := range want {
-		if err := d.maps.Egress.Put(&key, &bpf.KernelEgressValue{Allow: 1}); err != nil {
+	for key, action := range want {
+		if err := d.maps.Egress.Put(&key, &bpf.KernelEgressValue{Action: bpf.KernelEgressAction(action)}); err != nil {
 			return fmt.Errorf("allow egress: %w", full(err))
 		}
 	}

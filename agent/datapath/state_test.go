@@ -21,7 +21,7 @@ import (
 // dump reads back what the maps say.
 func (n *node) dump(t *testing.T) State {
 	t.Helper()
-	s := State{map[uint64]Identity{}, map[string]Identity{}, map[netip.AddrPort]flow.IdentityNumber{}, map[EgressRule]bool{}, map[ProtectedPort]Protection{}}
+	s := State{map[uint64]Identity{}, map[string]Identity{}, map[netip.AddrPort]flow.IdentityNumber{}, map[EgressRule]EgressAction{}, map[ProtectedPort]Protection{}}
 	var id uint64
 	var i bpf.KernelIdentityValue
 	for it := n.maps.IdentityByCgroup.Iterate(); it.Next(&id, &i); {
@@ -43,7 +43,7 @@ func (n *node) dump(t *testing.T) State {
 		if addr.Is4() {
 			bits -= 96
 		}
-		s.Egress[EgressRule{flow.IdentityNumber(rule.Identity), netip.PrefixFrom(addr, bits), rule.Port, rule.Proto}] = allow.Allow == 1
+		s.Egress[EgressRule{flow.IdentityNumber(rule.Identity), netip.PrefixFrom(addr, bits), rule.Port, rule.Proto}] = EgressAction(allow.Action)
 	}
 	var port bpf.KernelProtectedKey
 	var p bpf.KernelProtectedValue
@@ -62,10 +62,10 @@ func TestApply(t *testing.T) {
 	n := newNode(t, flow.ModeEnforce)
 	full := n.state(flow.ModeEnforce)
 	full.Paths = map[string]Identity{"/system.slice/a.service": {Number: 9, Mode: flow.ModeAudit}}
-	full.Egress = map[EgressRule]bool{
-		{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 443, unix.IPPROTO_TCP}: true,
-		{clientNumber, netip.MustParsePrefix("2001:db8::/32"), 53, unix.IPPROTO_UDP}: true,
-		{serverNumber, netip.MustParsePrefix("192.0.2.0/24"), 443, unix.IPPROTO_TCP}: true,
+	full.Egress = map[EgressRule]EgressAction{
+		{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 443, unix.IPPROTO_TCP}: EgressLeave,
+		{clientNumber, netip.MustParsePrefix("2001:db8::/32"), 53, unix.IPPROTO_UDP}: EgressLeave,
+		{serverNumber, netip.MustParsePrefix("192.0.2.0/24"), 443, unix.IPPROTO_TCP}: EgressProxy,
 	}
 	audit := n.state(flow.ModeAudit)
 	audit.Claims = map[netip.AddrPort]flow.IdentityNumber{address4: clientNumber}
@@ -84,7 +84,7 @@ func TestApply(t *testing.T) {
 		"own port":                {Protected: map[ProtectedPort]Protection{{1, 15001}: {1, flow.ModeEnforce}}},
 		"relative path":           {Paths: map[string]Identity{"a": {Number: 1}}},
 		"long path":               {Paths: map[string]Identity{"/" + string(make([]byte, 300)): {Number: 1}}},
-		"egress of nobody":        {Egress: map[EgressRule]bool{{0, netip.MustParsePrefix("::/0"), 0, 6}: true}},
+		"egress of nobody":        {Egress: map[EgressRule]EgressAction{{0, netip.MustParsePrefix("::/0"), 0, 6}: EgressLeave}},
 	} {
 		if err := n.Apply(s); err == nil {
 			t.Errorf("%s: it was applied", name)
@@ -101,7 +101,7 @@ func TestApplyIsNeverOpen(t *testing.T) {
 	must(t, err)
 	a, b := n.state(flow.ModeEnforce), n.state(flow.ModeEnforce)
 	b.Claims[netip.MustParseAddrPort("192.0.2.99:1")] = clientNumber
-	b.Egress = map[EgressRule]bool{{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 8080, unix.IPPROTO_TCP}: true}
+	b.Egress = map[EgressRule]EgressAction{{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 8080, unix.IPPROTO_TCP}: EgressLeave}
 	b.Identities[n.clientCgroup.ID] = Identity{clientNumber, flow.ModeEnforce, FlagEgressDeny}
 	stop, stopped := make(chan struct{}), make(chan error, 1)
 	go func() {

@@ -106,7 +106,7 @@ func TestBackstopAndEgress(t *testing.T) {
 	if err := try(); !errors.Is(err, unix.EINPROGRESS) {
 		t.Errorf("connect: %v", err)
 	}
-	must(t, n.AllowEgress(EgressRule{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_TCP}))
+	must(t, n.AllowEgress(EgressRule{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_TCP}, EgressLeave))
 	if err := try(); err != nil {
 		t.Errorf("connect to what egress allows: %v", err)
 	}

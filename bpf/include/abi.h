@@ -164,8 +164,14 @@ struct egress_key {
 _Static_assert(sizeof(struct egress_key) == 28, "egress_key");
 #define EGRESS_FIXED 64
 
+enum egress_action {
+	EGRESS_REFUSE,
+	EGRESS_LEAVE, /* it goes there by itself */
+	EGRESS_PROXY, /* TCP only: the proxy sees to whom it speaks */
+};
+
 struct egress_value {
-	__u32 allow;
+	enum egress_action action;
 };
 _Static_assert(sizeof(struct egress_value) == 4, "egress_value");
 

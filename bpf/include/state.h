@@ -145,7 +145,7 @@ static __always_inline __u32 server_of(__u64 ns, const struct address *dst, __u1
 	return p ? p->identity : 0;
 }
 
-static __always_inline bool egress_allowed(__u32 identity, __u8 proto, const struct address *dst, __u16 port)
+static __always_inline enum egress_action egress_to(__u32 identity, __u8 proto, const struct address *dst, __u16 port)
 {
 	struct egress_key key = {
 		.prefixlen = EGRESS_FIXED + 128,
@@ -157,10 +157,10 @@ static __always_inline bool egress_allowed(__u32 identity, __u8 proto, const str
 	struct egress_value *v = bpf_map_lookup_elem(&egress, &key);
 
 	if (v)
-		return v->allow;
+		return v->action;
 	key.port = 0;
 	v = bpf_map_lookup_elem(&egress, &key);
-	return v && v->allow;
+	return v ? v->action : EGRESS_REFUSE;
 }
 
 static __always_inline bool within_limit(struct window *w, __u64 now, __u32 limit)

@@ -353,6 +353,9 @@ func (c *compiler) endpoints(id *Identity, d *identityDoc, docs map[*Identity]*i
 
 func (c *compiler) egress(id *Identity, d *identityDoc) {
 	seen := map[string]bool{}
+	if _, written := d.Lookup("spec", "egress"); written {
+		id.Egress = []Egress{} // to nowhere is not the same as nothing said
+	}
 	for i, e := range d.Value.Spec.Egress {
 		at := []any{"spec", "egress", i}
 		if d.Empty(at...) {
@@ -372,6 +375,7 @@ func (c *compiler) egress(id *Identity, d *identityDoc) {
 		default:
 			c.report.Errorf(d.At(at...), "egress: names neither a host nor a cidr")
 		}
+		one.Verify = e.TLS == "verify"
 		if e.TLS != "" && !host {
 			c.report.Errorf(d.Key("spec", "egress", i, "tls"), "tls: goes with host")
 		}

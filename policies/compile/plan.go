@@ -111,7 +111,8 @@ type Identity struct {
 	Mode      flow.Mode // of its outbound side
 	// MayCall is the ceiling of what it may call, by namespace and name.
 	MayCall []*Identity
-	// Egress is where it may connect outside the mesh while it is enforced.
+	// Egress is where it may connect outside the mesh: nil, where nothing is
+	// said of it, is anywhere until it is enforced, and then nowhere.
 	Egress []Egress
 	// Tokens are obtained for its calls, at most one for each callee.
 	Tokens []Obtain
@@ -151,6 +152,9 @@ type Egress struct {
 	Prefix netip.Prefix // of a host the zero Prefix, which contains nothing
 	Host   string       // "" for a range
 	Ports  []uint16
+	// Verify has what goes to the host be TLS under its name, at an address
+	// that proves it.
+	Verify bool
 }
 
 // Issuer is a compiled TokenIssuer. Exactly one of JWKSURL, JWKSFile and

@@ -39,7 +39,7 @@ var comments = map[string]string{
 	"Egress.CIDR":                       "CIDR is a range of addresses, 10.9.0.0/16 or 2001:db8::/32.",
 	"Egress.Host":                       "Host is a name, without port.",
 	"Egress.Ports":                      "Ports are those that may be connected to there.",
-	"Egress.TLS":                        "TLS, with a host, is how it is spoken to: verify asks for TLS to that name (SNI) at an address that proves the name by a certificate; any, the default, takes what is spoken to the addresses that the name resolves to.",
+	"Egress.TLS":                        "TLS, with a host, is how it is spoken to: verify asks for TLS to that name (SNI) at an address that proves the name by a certificate, over TCP; any, the default, takes what is spoken to the addresses that the name resolves to.",
 	"Introspection":                     "Introspection is an issuer's introspection endpoint (RFC 7662).",
 	"Introspection.URL":                 "URL is https only.",
 	"JWKS":                              "JWKS says where a key set is: exactly one of the fields.",

@@ -11,7 +11,6 @@ import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 var unsupported = map[string]bool{
 	"Selector.all":           true,
 	"ProcessSelector.digest": true,
-	"Egress.tls=verify":      true,
 
 	"TokenIssuerSpec.introspection":    true,
 	"RelationModelSpec.address":        true,

@@ -101,7 +101,8 @@ type Egress struct {
 	// Ports are those that may be connected to there.
 	Ports []uint16 `json:"ports" required:"true"`
 	// TLS, with a host, is how it is spoken to: verify asks for TLS to that
-	// name (SNI) at an address that proves the name by a certificate; any, the
-	// default, takes what is spoken to the addresses that the name resolves to.
+	// name (SNI) at an address that proves the name by a certificate, over TCP;
+	// any, the default, takes what is spoken to the addresses that the name
+	// resolves to.
 	TLS string `json:"tls" oneof:"verify|any"`
 }

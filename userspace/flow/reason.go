@@ -67,11 +67,14 @@ const (
 	ReasonDenyRule     Reason = "deny_rule"     // a rule with effect deny
 	ReasonMayCall      Reason = "may_call"      // not in the source's mayCall
 	ReasonEgress       Reason = "egress"        // outside the mesh and not in the source's egress
+	ReasonEgressTLS    Reason = "egress_tls"    // egress asks for TLS to a host by its name
 	ReasonCondition    Reason = "condition"     // `when` is false
 	ReasonConditionErr Reason = "condition_err" // `when` cannot be evaluated
 	ReasonNotReady     Reason = "not_ready"     // no policy set has been loaded yet
 	ReasonPosture      Reason = "posture"       // a fact about the caller's node or program does not suffice
 
+	// The address proves no certificate of the host that egress lists.
+	ReasonEgressCertificate Reason = "egress_certificate"
 	// A fact that the posture asks for is not known, or is stale.
 	ReasonPostureUnknown Reason = "posture_unknown"
 )
@@ -171,7 +174,7 @@ func (r Reason) Status() int {
 		return 429
 	case ReasonInternal:
 		return 500
-	case ReasonUpstream, ReasonUpstreamTLS, ReasonTunnel, ReasonTunnelRefused:
+	case ReasonUpstream, ReasonUpstreamTLS, ReasonEgressCertificate, ReasonTunnel, ReasonTunnelRefused:
 		return 502
 	case ReasonUpstreamGone, ReasonOverload, ReasonNotReady, ReasonTokenKeysStale, ReasonTokenUnavailable,
 		ReasonRelationUnavailable, ReasonLineRefused:

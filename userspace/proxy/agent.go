@@ -34,6 +34,7 @@ type DialRequest struct {
 	Client  netip.AddrPort      // the true client, DialApplication only
 	Source  flow.IdentityNumber // on whose behalf, 0 for a caller elsewhere
 	Target  flow.IdentityNumber // DialApplication: the protected identity
+	Host    string              // DialPlain: the host whose address it is, for egress that verifies
 }
 
 // Agent is the privileged process as the proxy needs it, behind the line.

@@ -61,14 +61,15 @@ type call struct {
 	scratch []byte
 	add     []byte // field lines that tell the application who calls
 
-	leaving  bool           // to another node, or to what no policy protects: judged as such
-	host     string         // of an opaque connection: the SNI
-	offered  *tunnel.Stream // a CONNECT that is not answered yet
-	onward   netloop.Stream // the tunnel's stream to the other node
-	upstream netloop.Stream // to the application
-	proof    proof          // of upstream
-	used     bool           // the upstream has answered a request
-	h2       duplex
+	leaving    bool           // to another node, or to what no policy protects: judged as such
+	host       string         // of an opaque connection: the SNI
+	offered    *tunnel.Stream // a CONNECT that is not answered yet
+	onward     netloop.Stream // the tunnel's stream to the other node
+	egressHost string         // outside the mesh, that was verified; "" for none
+	upstream   netloop.Stream // to the application
+	proof      proof          // of upstream
+	used       bool           // the upstream has answered a request
+	h2         duplex
 
 	presented *presented // by the tunnel's peer, nil without a tunnel
 	auth      []byte     // the Authorization field that the request gets, nil for none
@@ -243,8 +244,11 @@ func (c *call) refuseBy(d *flow.Decision, api *compile.API, enforced bool, stage
 	steps := append(d.Steps[:0], flow.Step{Stage: stage, Reason: reason, Detail: detail})
 	*d = flow.Decision{Effect: flow.EffectDeny, Enforced: enforced, Stage: stage, Reason: reason, Detail: detail, Steps: steps}
 	d.Subjects[0] = c.peer.ID
-	if api != nil {
+	switch {
+	case api != nil:
 		d.Policy, d.Position = api.Name, api.Position.FileLine()
+	case c.leaving && c.src != nil:
+		d.Position = c.src.Position.FileLine()
 	}
 }
 
@@ -364,6 +368,10 @@ func (c *call) watch(opaque bool) bool {
 // recheck judges an opaque call, or an exchange that lasts, again.
 func (c *call) recheck(t *netloop.Task, serial uint64) {
 	c.resolve()
+	if c.egressHost != "" {
+		c.recheckHost()
+		return
+	}
 	now, round := time.Now(), c.round
 	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.req.Peer, Destination: c.dst, Protocol: c.req.Protocol, Host: c.host}
 	if len(c.sent) > 0 {

@@ -4,8 +4,6 @@ package proxy
 
 import (
 	"errors"
-	"net/netip"
-	"slices"
 	"strconv"
 	"time"
 
@@ -136,35 +134,6 @@ func (c *call) refuseEarly() {
 		c.req.Method = methodOf(c.head.Method)
 	}
 	c.deny(false)
-}
-
-// plain carries a connection as it is, to an address that nobody claims, or
-// for a caller whose policy only observes; the agent holds that against its
-// own view, and what it has to refuse counts as an attack on it.
-func (c *call) plain() {
-	c.resolve()
-	if c.enforced() && !egress(c.src, c.dst) {
-		c.begin(flow.ProtocolTCP)
-		c.fail(&refusal{flow.StagePolicy, flow.ReasonEgress, "nobody claims the address, and the caller's egress does not list it"})
-		return
-	}
-	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number},
-		time.Now().Add(c.p.opt.ConnectTimeout))
-	if err != nil {
-		c.begin(flow.ProtocolTCP)
-		c.fail(reasonOf(err, flow.ReasonUpstream))
-		return
-	}
-	c.upstream = conn
-	c.relay(conn)
-}
-
-// egress says whether an enforced identity may connect to an address that
-// nobody claims.
-func egress(src *compile.Identity, dst netip.AddrPort) bool {
-	return src != nil && slices.ContainsFunc(src.Egress, func(e compile.Egress) bool {
-		return e.Prefix.Contains(dst.Addr()) && slices.Contains(e.Ports, dst.Port())
-	})
 }
 
 // unprotected ends a call to a local identity's port that no policy protects:

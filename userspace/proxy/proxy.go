@@ -14,6 +14,7 @@ package proxy
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net/netip"
@@ -38,6 +39,7 @@ type Options struct {
 	Leaves   *identity.Leaves
 	Verifier *identity.Verifier
 	Obtained *obtain.Source // tokens for this node's identities; nil: none
+	Roots    *x509.CertPool // that the certificates of hosts outside lead to; nil: the system's
 	Anchor   flow.Anchor    // of this node's own identities
 	Logger   *slog.Logger   // nil discards
 
@@ -124,6 +126,7 @@ type loop struct {
 	judge    *pipeline.Loop
 	tunnels  map[tunnelKey]*tunnelPool
 	verdicts map[verdictKey]time.Time
+	hosts    map[hostProofKey]*hostProof
 	calls    []*call // spare
 	spare    []*exchange
 }
@@ -132,7 +135,7 @@ type loop struct {
 func New(e *netloop.Engine, o Options) *Proxy {
 	p := &Proxy{opt: o.withDefaults(), engine: e, netns: map[uint64]*namespace{}, sessions: identity.NewSessions(4096)}
 	p.loops.New = func(*netloop.Task) *loop {
-		return &loop{judge: p.opt.Pipeline.NewLoop(), tunnels: map[tunnelKey]*tunnelPool{}, verdicts: map[verdictKey]time.Time{}}
+		return &loop{judge: p.opt.Pipeline.NewLoop(), tunnels: map[tunnelKey]*tunnelPool{}, verdicts: map[verdictKey]time.Time{}, hosts: map[hostProofKey]*hostProof{}}
 	}
 	p.limits.of = map[string]int{}
 	p.view.Store((&view{}).build())

@@ -2458,6 +2458,7 @@ type Dial struct {
 	ClientPort     uint32                 `protobuf:"varint,6,opt,name=client_port,json=clientPort,proto3" json:"client_port,omitempty"`
 	SourceIdentity uint32                 `protobuf:"varint,7,opt,name=source_identity,json=sourceIdentity,proto3" json:"source_identity,omitempty"` // the local identity on whose behalf, 0 for a caller elsewhere
 	TargetIdentity uint32                 `protobuf:"varint,8,opt,name=target_identity,json=targetIdentity,proto3" json:"target_identity,omitempty"` // APPLICATION: the protected identity
+	Host           string                 `protobuf:"bytes,9,opt,name=host,proto3" json:"host,omitempty"`                                            // PLAIN: the host whose address it is, for egress that verifies
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -2546,6 +2547,13 @@ func (x *Dial) GetTargetIdentity() uint32 {
 		return x.TargetIdentity
 	}
 	return 0
+}
+
+func (x *Dial) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
 }
 
 // DialIssuer asks for a connection to the token endpoint of an issuer of which
@@ -3234,7 +3242,7 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\x05Drain\"\x06\n" +
 	"\x04Maps\"!\n" +
 	"\x05Ready\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion\"\x9f\x02\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\"\xb3\x02\n" +
 	"\x04Dial\x12,\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x18.sallyport.line.DialKindR\x04kind\x12!\n" +
 	"\fnetns_cookie\x18\x02 \x01(\x04R\vnetnsCookie\x12\x18\n" +
@@ -3244,7 +3252,8 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\vclient_port\x18\x06 \x01(\rR\n" +
 	"clientPort\x12'\n" +
 	"\x0fsource_identity\x18\a \x01(\rR\x0esourceIdentity\x12'\n" +
-	"\x0ftarget_identity\x18\b \x01(\rR\x0etargetIdentity\"4\n" +
+	"\x0ftarget_identity\x18\b \x01(\rR\x0etargetIdentity\x12\x12\n" +
+	"\x04host\x18\t \x01(\tR\x04host\"4\n" +
 	"\n" +
 	"DialIssuer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +

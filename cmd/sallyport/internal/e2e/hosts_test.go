@@ -3,11 +3,18 @@
 package e2e
 
 import (
+	"crypto/tls"
+	"encoding/pem"
+	"io"
+	"log"
+	"net/http"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
 
 	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
+	"github.com/sallyport-dev/sallyport/userspace/obtain/issuertest"
 )
 
 // TestEgressByHost lets a workload reach a host by its name, at the addresses
@@ -77,4 +84,74 @@ func TestEgressByHost(t *testing.T) {
 	if !reaches(addrA + ":9999") {
 		t.Error("the address of before is forgotten at once")
 	}
+}
+
+// TestEgressThatVerifies lets a workload reach a host in TLS under the host's
+// name, at an address that proves it, and in no other way.
+func TestEgressThatVerifies(t *testing.T) {
+	require(t, "unshare", "mount", "curl")
+	t.Parallel()
+	n, far := one(t)
+	good, impostor := issuertest.New(t, "", "api.partner.test"), issuertest.New(t, "", "api.partner.test")
+	hosts, roots := n.path("hosts"), n.path("roots.pem")
+	for name, content := range map[string][]byte{
+		hosts: []byte("127.0.0.1 localhost\n" + addrA + " api.partner.test\n" + addrA6 + " api.partner.test\n"),
+		roots: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: good.Root}),
+	} {
+		if err := os.WriteFile(name, content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.wrap = []string{"unshare", "--mount", "--propagation", "private", "sh", "-c", "mount --bind " + hosts + ` /etc/hosts && exec "$@"`, "sh"}
+	n.env = []string{"SSL_CERT_FILE=" + roots, "SSL_CERT_DIR=/nonexistent"}
+	policies := func(mode string) string {
+		return strings.Replace(shopIn(mode), "mayCall: [web, stream]}", "mayCall: [web, stream], egress: [{host: api.partner.test, ports: [9443], tls: verify}]}", 1)
+	}
+	n.policy("shop.yaml", policies("enforce"))
+	serve := func(at string, i *issuertest.Issuer) {
+		l := far.Listen(t, "tcp", netip.MustParseAddrPort(at))
+		s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "partner") }), //nolint:errcheck // the client has gone
+			TLSConfig: &tls.Config{Certificates: []tls.Certificate{i.Certificate}}, ReadHeaderTimeout: patience, ErrorLog: log.New(io.Discard, "", 0)}
+		go s.ServeTLS(l, "", "") //nolint:errcheck // ends with the listener
+		t.Cleanup(func() { s.Close() })
+	}
+	serve(addrA+":9443", good)
+	serve("["+addrA6+"]:9443", impostor)
+	n.start()
+	act(t, n.group("client"), n.ns, "idle").line(t)
+	get := func(name, address string) string {
+		t.Helper()
+		// The workload believes anybody: that is what the node must not.
+		return code(t, n.group("client"), n.ns, "https://"+name+":9443/", "--insecure", "--resolve", name+":9443:"+address)
+	}
+	eventually(t, "the client to reach the host", func() string {
+		if got := get("api.partner.test", addrA); got != "200" {
+			return got
+		}
+		return ""
+	})
+	for _, c := range []struct{ what, name, address, reason string }{
+		{"another name at the host's address", "other.test", addrA, "egress_tls"},
+		{"an address that has another's certificate", "api.partner.test", addrA6, "egress_certificate"},
+	} {
+		from := n.mark()
+		if got := get(c.name, c.address); got == "200" {
+			t.Errorf("%s: %s", c.what, got)
+		}
+		n.decided(from, c.what, func(r *record) bool { return r.Reason == c.reason && r.Decision == "deny" && !r.WouldDeny })
+	}
+	from := n.mark()
+	if got := code(t, n.group("client"), n.ns, "http://"+addrA+":9443/"); got != "403 egress_tls" {
+		t.Errorf("without TLS: %s", got)
+	}
+	n.decided(from, "a call without TLS", func(r *record) bool { return r.Reason == "egress_tls" })
+	if out, err := say(t, n.group("client"), n.ns, addrA+":9444", "x"); err == nil {
+		t.Errorf("another port of the host: %q", out)
+	}
+	n.change(func() { n.policy("shop.yaml", policies("audit")) })
+	from = n.mark()
+	if got := get("api.partner.test", addrA6); got != "200" {
+		t.Errorf("in audit: %s", got)
+	}
+	n.decided(from, "what enforce would refuse", func(r *record) bool { return r.Reason == "egress_certificate" && r.WouldDeny })
 }

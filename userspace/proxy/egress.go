@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"crypto/tls"
+	"errors"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
+)
+
+const (
+	// hostProofLife is how long an address counts as that of a host that it has
+	// proven to be, hostProofPause how long one does not that has not.
+	hostProofLife  = 5 * time.Minute
+	hostProofPause = 2 * time.Second
+	maxHostProofs  = 4096 // of a loop
+)
+
+// hostProofKey is a host at an address, as it is reached from a namespace.
+type hostProofKey struct {
+	netns uint64
+	host  string
+	at    netip.AddrPort
+}
+
+// hostProof is what is known of it.
+type hostProof struct {
+	err     *refusal  // nil: it has proven its name
+	until   time.Time // that long
+	probing bool
+	changed netloop.Event
+}
+
+// plain carries a connection as it is, to an address that nobody claims, or
+// for a caller whose policy only observes; the agent holds that against its
+// own view, and what it has to refuse counts as an attack on it.
+func (c *call) plain() {
+	c.resolve()
+	host := ""
+	if !egress(c.src, c.dst) && (c.enforced() || verifies(c.src, c.dst.Port())) {
+		name, r := c.asksFor()
+		switch {
+		case name == "" && r == nil:
+			return // the client has gone
+		case r == nil:
+			host = name
+		default:
+			c.begin(flow.ProtocolTCP)
+			if c.enforced() {
+				c.fail(r)
+				return
+			}
+			c.refuse(r.stage, r.reason, r.detail)
+			c.record(0, 0)
+		}
+	}
+	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number, Host: host},
+		time.Now().Add(c.p.opt.ConnectTimeout))
+	if err != nil {
+		c.begin(flow.ProtocolTCP)
+		c.fail(reasonOf(err, flow.ReasonUpstream))
+		return
+	}
+	c.upstream = conn
+	if host != "" && !c.watchHost(host) {
+		return
+	}
+	c.relayRest()
+}
+
+// egress says whether an enforced identity may connect to an address that
+// nobody claims, whatever is spoken there.
+func egress(src *compile.Identity, dst netip.AddrPort) bool {
+	return src != nil && slices.ContainsFunc(src.Egress, func(e compile.Egress) bool {
+		return e.Prefix.Contains(dst.Addr()) && slices.Contains(e.Ports, dst.Port())
+	})
+}
+
+// verifies says whether an identity's egress has a host at that port that must
+// prove its name.
+func verifies(src *compile.Identity, port uint16) bool {
+	return src != nil && slices.ContainsFunc(src.Egress, func(e compile.Egress) bool { return e.Verify && slices.Contains(e.Ports, port) })
+}
+
+// verifiesHost says whether that host is one of them.
+func verifiesHost(src *compile.Identity, host string, port uint16) bool {
+	return src != nil && slices.ContainsFunc(src.Egress, func(e compile.Egress) bool {
+		return e.Verify && e.Host == host && slices.Contains(e.Ports, port)
+	})
+}
+
+// asksFor returns the host that the client asks for by its ClientHello, once
+// the address has proven to be that host; neither where the client has gone.
+func (c *call) asksFor() (host string, r *refusal) {
+	if !verifies(c.src, c.dst.Port()) {
+		return "", &refusal{flow.StagePolicy, flow.ReasonEgress, "nobody claims the address, and the caller's egress does not list it"}
+	}
+	patience := c.p.opt.HeadTimeout
+	if !c.enforced() {
+		patience = c.p.opt.Detect // a client that listens first must not wait for us
+	}
+	switch c.detect(patience, false) {
+	case spokenEnd:
+		return "", nil
+	case spokenTLS:
+	default:
+		return "", &refusal{flow.StageChannel, flow.ReasonEgressTLS, "the host that egress lists there is spoken to in TLS, and no ClientHello came"}
+	}
+	name, ok, err := c.hello()
+	switch {
+	case err != nil && !errors.Is(err, os.ErrDeadlineExceeded):
+		return "", nil
+	case !ok || name == "":
+		return "", &refusal{flow.StageChannel, flow.ReasonEgressTLS, "the ClientHello names no host, or did not arrive in time"}
+	case !verifiesHost(c.src, name, c.dst.Port()):
+		return "", &refusal{flow.StageChannel, flow.ReasonEgressTLS, "the ClientHello asks for " + strconv.Quote(name) + ", which egress does not list there"}
+	}
+	return name, c.prove(name)
+}
+
+// prove has the address prove that it is the host; one task asks while the
+// others wait.
+func (c *call) prove(host string) *refusal {
+	deadline := time.Now().Add(c.p.opt.ConnectTimeout)
+	key := hostProofKey{c.fromNetns, host, c.dst}
+	for {
+		p := c.l.hosts[key]
+		now := time.Now()
+		switch {
+		case p == nil:
+			if !c.l.roomForHost(now) {
+				return &refusal{flow.StageUpstream, flow.ReasonOverload, "too many hosts are being verified"}
+			}
+			p = &hostProof{}
+			c.l.hosts[key] = p
+		case p.probing:
+			if err := c.t.WaitUntil(&p.changed, deadline); err != nil && p.probing {
+				return &refusal{flow.StageUpstream, flow.ReasonEgressCertificate, "the host's certificate was not seen in time"}
+			}
+			continue
+		case now.Before(p.until):
+			return p.err
+		}
+		p.probing = true
+		p.until, p.err = c.probe(host, deadline)
+		p.probing = false
+		p.changed.Broadcast()
+		return p.err
+	}
+}
+
+// roomForHost makes room for another host, from those that are known no more.
+func (l *loop) roomForHost(now time.Time) bool {
+	if len(l.hosts) < maxHostProofs {
+		return true
+	}
+	for k, p := range l.hosts {
+		if !p.probing && !now.Before(p.until) {
+			delete(l.hosts, k)
+		}
+	}
+	return len(l.hosts) < maxHostProofs
+}
+
+// probe makes a handshake of its own: that of the client shows no certificate
+// (RFC 8446 section 4.4.2).
+func (c *call) probe(host string, deadline time.Time) (until time.Time, r *refusal) {
+	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number, Host: host}, deadline)
+	if err != nil {
+		return time.Now().Add(hostProofPause), reasonOf(err, flow.ReasonUpstream)
+	}
+	defer conn.Abort()
+	_ = conn.SetDeadline(deadline)
+	var seen time.Time // the certificate's end, once it has proven the name
+	err = tls.Client(conn, &tls.Config{ServerName: host, RootCAs: c.p.opt.Roots, MinVersion: tls.VersionTLS12,
+		VerifyConnection: func(s tls.ConnectionState) error {
+			seen = s.PeerCertificates[0].NotAfter
+			return nil
+		}}).Handshake()
+	if err != nil && seen.IsZero() {
+		return time.Now().Add(hostProofPause), &refusal{flow.StageUpstream, flow.ReasonEgressCertificate, c.dst.String() + " does not prove to be " + host + ": " + err.Error()}
+	}
+	return earlier(time.Now().Add(hostProofLife), seen), nil // what it asks of a client is the client's
+}
+
+// watchHost registers a connection to a verified host, so that it ends when
+// what allowed it ends.
+func (c *call) watchHost(host string) bool {
+	c.begin(flow.ProtocolTLS)
+	c.d = flow.Decision{Effect: flow.EffectAllow, Enforced: c.enforced(), Steps: c.d.Steps[:0], Until: c.src.Expires}
+	c.egressHost = host
+	return c.watch(true)
+}
+
+// recheckHost ends a connection to a host that egress does not list any more.
+func (c *call) recheckHost() {
+	if !verifiesHost(c.src, c.egressHost, c.dst.Port()) && !egress(c.src, c.dst) {
+		c.end(flow.ReasonPolicyChanged)
+	}
+}

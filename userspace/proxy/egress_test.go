@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"io"
+	"math/big"
+	"net"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+)
+
+const partner = "api.partner.test"
+
+// partnerAt is where the plan lets the client reach the partner.
+var partnerAt = netip.MustParseAddrPort("10.0.9.1:6000")
+
+// hostCertificate makes a certificate for a name, and its roots.
+func hostCertificate(t *testing.T, name string, end time.Time) (tls.Certificate, *x509.CertPool) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "host"}, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: end, DNSNames: []string{name},
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(root)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool
+}
+
+// partnered is a node whose client may reach a host that must prove its name.
+type partnered struct {
+	*node
+	addr  string // where the client connects
+	conns atomic.Int32
+}
+
+// newPartnered has the host show a certificate; mutual asks for the client's.
+func newPartnered(t *testing.T, goroutines bool, mode string, cert tls.Certificate, roots *x509.CertPool, mutual bool) *partnered {
+	t.Helper()
+	text := "mode: " + mode + ", mayCall: [server], egress: [{host: " + partner + ", ports: [6000], tls: verify}]"
+	p := &partnered{node: oneNode(t, nodeOptions{goroutines: goroutines, plan: changed(t, "mode: enforce, mayCall: [server], egress: [{cidr: 10.0.2.0/24, ports: [6000]}]", text),
+		change: func(o *Options) { o.Roots = roots }})}
+	config := &tls.Config{Certificates: []tls.Certificate{cert}}
+	if mutual {
+		config.ClientAuth = tls.RequireAnyClientCert
+	}
+	p.raw(func(c *net.TCPConn) {
+		p.conns.Add(1)
+		s := tls.Server(c, config)
+		defer s.Close()
+		_, _ = io.Copy(s, s)
+	}, 6000)
+	p.mu.Lock()
+	p.apps[partnerAt] = p.apps[serverPort(6000)]
+	p.mu.Unlock()
+	p.addr = p.out(clientNumber, partnerAt)
+	return p
+}
+
+// speak sends a word to the host in TLS and returns the connection, which
+// trusts anybody: the proxy is to verify.
+func (p *partnered) speak(t *testing.T, name string) (*tls.Conn, error) {
+	t.Helper()
+	c := tls.Client(dialTCP(t, p.addr), &tls.Config{ServerName: name, InsecureSkipVerify: true})
+	t.Cleanup(func() { c.Close() })
+	if _, err := c.Write([]byte("word")); err != nil {
+		return c, err
+	}
+	b := make([]byte, 4)
+	_, err := io.ReadFull(c, b)
+	if err == nil && string(b) != "word" {
+		err = errors.New("another word")
+	}
+	return c, err
+}
+
+// TestEgressVerified holds that a host outside is reached in TLS by its name,
+// where it has proven it, and not otherwise.
+func TestEgressVerified(t *testing.T) {
+	good, goodRoots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	other, otherRoots := hostCertificate(t, "other.test", time.Now().Add(time.Hour))
+	ended, endedRoots := hostCertificate(t, partner, time.Now().Add(-time.Hour))
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := newPartnered(t, goroutines, "enforce", good, goodRoots, false)
+		for range 3 {
+			if _, err := n.speak(t, partner); err != nil {
+				t.Fatalf("%v: %+v", err, n.records())
+			}
+		}
+		if got := n.conns.Load(); got != 4 {
+			t.Errorf("%d connections came to the host, want those of the client and one to see its certificate", got)
+		}
+		n.mu.Lock()
+		for _, d := range n.dials {
+			if d.Kind != DialPlain || d.Host != partner || d.Address != partnerAt {
+				t.Errorf("dial %+v", d)
+			}
+		}
+		n.mu.Unlock()
+		for _, name := range []string{"other.test", "xapi.partner.test"} {
+			if _, err := n.speak(t, name); err == nil {
+				t.Errorf("%s was reached", name)
+			}
+			n.recorded(flow.ReasonEgressTLS)
+		}
+		c := tls.Client(dialTCP(t, n.addr), &tls.Config{InsecureSkipVerify: true}) // no server name
+		if err := c.Handshake(); err == nil {
+			t.Error("a ClientHello without a name got through")
+		}
+		c.Close()
+		n.recorded(flow.ReasonEgressTLS)
+		resp, err := ask(t, dialTCP(t, n.addr), "GET / HTTP/1.1\r\nHost: "+partner+"\r\n\r\n")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if reason, _ := problem(t, resp); reason != flow.ReasonEgressTLS || resp.StatusCode != 403 {
+			t.Errorf("without TLS: %d %s", resp.StatusCode, reason)
+		}
+		if got := n.conns.Load(); got != 4 {
+			t.Errorf("%d connections came to the host", got)
+		}
+		for name, x := range map[string]*partnered{
+			"another name": newPartnered(t, goroutines, "enforce", other, otherRoots, false), "an end": newPartnered(t, goroutines, "enforce", ended, endedRoots, false),
+			"unknown roots": newPartnered(t, goroutines, "enforce", good, otherRoots, false),
+		} {
+			if _, err := x.speak(t, partner); err == nil {
+				t.Errorf("%s: it was reached", name)
+			}
+			x.recorded(flow.ReasonEgressCertificate)
+		}
+		// A host that wants to know the client is proven all the same.
+		m := newPartnered(t, goroutines, "enforce", good, goodRoots, true)
+		own := tls.Client(dialTCP(t, m.addr), &tls.Config{ServerName: partner, InsecureSkipVerify: true, Certificates: []tls.Certificate{other}})
+		defer own.Close()
+		if _, err := own.Write([]byte("x")); err != nil {
+			t.Error(err)
+		}
+		if _, err := own.Read(make([]byte, 1)); err != nil {
+			t.Errorf("a host that asks for a certificate: %v", err)
+		}
+	})
+}
+
+// TestEgressVerifiedInAudit holds that audit says what enforce would refuse,
+// and stops nothing.
+func TestEgressVerifiedInAudit(t *testing.T) {
+	good, _ := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	_, otherRoots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := newPartnered(t, goroutines, "audit", good, otherRoots, false)
+		for name, reason := range map[string]flow.Reason{partner: flow.ReasonEgressCertificate, "other.test": flow.ReasonEgressTLS} {
+			if _, err := n.speak(t, name); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if r := n.recorded(reason); !r.WouldDeny {
+				t.Errorf("%s: %+v", name, r)
+			}
+		}
+		// A client that waits for the server to speak.
+		n.raw(func(c *net.TCPConn) { _, _ = c.Write([]byte("hello")) }, 6000)
+		n.mu.Lock()
+		n.apps[partnerAt] = n.apps[serverPort(6000)]
+		n.mu.Unlock()
+		if got, err := io.ReadAll(dialTCP(t, n.addr)); err != nil || string(got) != "hello" {
+			t.Errorf("%q %v", got, err)
+		}
+		if r := n.recorded(flow.ReasonEgressTLS); !r.WouldDeny {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+// TestEgressVerifiedEnds holds that a connection ends with what allowed it.
+func TestEgressVerifiedEnds(t *testing.T) {
+	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for what, end := range map[string]func(n *partnered){
+			"policy": func(n *partnered) { n.proxy.SetPlan(plan(t, "enforce"), 2) },
+			"revocation": func(n *partnered) {
+				r, err := identity.NewRevocations([]identity.Revocation{{Kind: identity.RevokeIdentity, Value: clientID}}, 2)
+				if err != nil {
+					t.Fatal(err)
+				}
+				n.pipeline.SetRevocations(r)
+			},
+		} {
+			n := newPartnered(t, goroutines, "enforce", good, roots, false)
+			c, err := n.speak(t, partner)
+			if err != nil {
+				t.Fatal(err)
+			}
+			end(n)
+			if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
+				t.Errorf("%s: the connection lives: %v", what, err)
+			}
+			if !slices.ContainsFunc(n.records(), func(r pipeline.Record) bool { return r.Reason == flow.ReasonPolicyChanged || r.Reason == flow.ReasonRevoked }) {
+				t.Errorf("%s: not recorded", what)
+			}
+		}
+	})
+}
