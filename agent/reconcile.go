@@ -242,6 +242,9 @@ func recognised(id *compile.Identity) (workload.Identity, bool) {
 	if s.HasUID {
 		w.UID = &s.UID
 	}
+	if s.HasDigest {
+		w.Digest = &s.ProcessDigest
+	}
 	return w, true
 }
 

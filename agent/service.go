@@ -243,6 +243,9 @@ func selectorText(s *compile.Selector) string {
 	if s.ProcessBinary != "" {
 		lines = append(lines, "process.binary="+s.ProcessBinary)
 	}
+	if s.HasDigest {
+		lines = append(lines, fmt.Sprintf("process.digest=sha256:%x", s.ProcessDigest))
+	}
 	return strings.Join(lines, " ")
 }
 

@@ -3,6 +3,7 @@
 package workload
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"net/netip"
 	"os"
@@ -27,11 +28,13 @@ type Identity struct {
 	// Path is a cgroup, absolute beneath the scope; what is beneath it
 	// belongs to it.
 	Path string
-	// UID and Binary narrow: every process of the cgroup must match, and
+	// UID, Binary and Digest narrow: every process of the cgroup must match, and
 	// there must be one. A process that joins later is noticed at the next
 	// scan, so they tell workloads apart but confine none.
 	UID    *uint32
 	Binary string
+	// Digest is the SHA-256 that the content of Binary must have, nil for any.
+	Digest *[sha256.Size]byte
 	// Endpoints are the addresses where it serves.
 	Endpoints []netip.AddrPort
 }
@@ -67,11 +70,11 @@ func within(p, root string) bool {
 }
 
 // narrowed says whether more than the cgroup is asked for.
-func (i *Identity) narrowed() bool { return i.UID != nil || i.Binary != "" }
+func (i *Identity) narrowed() bool { return i.UID != nil || i.Binary != "" || i.Digest != nil }
 
 // mismatch returns which line of the identity process pid does not match, ""
 // if it matches all. A process that cannot be looked at matches none.
-func (i *Identity) mismatch(pid int) string {
+func (i *Identity) mismatch(pid int, d *digests) string {
 	proc := "/proc/" + strconv.Itoa(pid)
 	if i.UID != nil {
 		var st unix.Stat_t
@@ -91,6 +94,14 @@ func (i *Identity) mismatch(pid int) string {
 			return fmt.Sprintf("process.binary: is %q, want %q", exe, i.Binary)
 		}
 	}
+	if i.Digest != nil {
+		switch sum, err := d.of(pid); {
+		case err != nil:
+			return "process.digest: " + err.Error()
+		case sum != *i.Digest:
+			return fmt.Sprintf("process.digest: is sha256:%x, want sha256:%x", sum, *i.Digest)
+		}
+	}
 	return ""
 }
 
@@ -108,6 +119,9 @@ func (i *Identity) by() string {
 	}
 	if i.Binary != "" {
 		lines = append(lines, "process.binary "+i.Binary)
+	}
+	if i.Digest != nil {
+		lines = append(lines, fmt.Sprintf("process.digest sha256:%x", *i.Digest))
 	}
 	return strings.Join(lines, ", ")
 }

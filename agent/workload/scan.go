@@ -66,7 +66,7 @@ func (s *scan) identity(i *Identity) {
 		top := path.Join(s.r.opt.Scope, root)
 		s.r.watch.ancestors(s.r.opt.Root, top)
 		err := s.walk(top, func(c *scanned) {
-			if i.narrowed() && !matchesAll(i, c.procs) {
+			if i.narrowed() && !s.matchesAll(i, c.procs) {
 				return
 			}
 			c.names = append(c.names, i.Name)
@@ -79,8 +79,8 @@ func (s *scan) identity(i *Identity) {
 	}
 }
 
-func matchesAll(i *Identity, procs []int) bool {
-	return len(procs) > 0 && !slices.ContainsFunc(procs, func(pid int) bool { return i.mismatch(pid) != "" })
+func (s *scan) matchesAll(i *Identity, procs []int) bool {
+	return len(procs) > 0 && !slices.ContainsFunc(procs, func(pid int) bool { return i.mismatch(pid, s.r.digests) != "" })
 }
 
 // walk calls f with the cgroup at p and each one beneath it. One that ends
@@ -216,7 +216,7 @@ func (r *Recogniser) Unrecognised() (all []Unrecognised, truncated bool, err err
 			return nil //nolint:nilerr // it ended
 		}
 		u := Unrecognised{ID: id, Path: p, Processes: len(procs)}
-		u.Nearest, u.Mismatch = nearest(identities, r.opt.Scope, p, procs)
+		u.Nearest, u.Mismatch = nearest(identities, r.opt.Scope, p, procs, r.digests)
 		all = append(all, u)
 		return nil
 	})
@@ -231,7 +231,7 @@ func (r *Recogniser) Unrecognised() (all []Unrecognised, truncated bool, err err
 
 // nearest returns the identity whose selector comes nearest to the cgroup at
 // p, and what does not match.
-func nearest(identities []Identity, scope, p string, procs []int) (name, mismatch string) {
+func nearest(identities []Identity, scope, p string, procs []int, d *digests) (name, mismatch string) {
 	relative := path.Join("/", strings.TrimPrefix(p, scope))
 	best := 0.5 // less alike than that is no explanation
 	for i := range identities {
@@ -239,7 +239,7 @@ func nearest(identities []Identity, scope, p string, procs []int) (name, mismatc
 		for _, root := range id.roots() {
 			if within(relative, root) {
 				for _, pid := range procs {
-					if m := id.mismatch(pid); m != "" {
+					if m := id.mismatch(pid, d); m != "" {
 						return id.Name, m
 					}
 				}

@@ -71,9 +71,10 @@ type Table struct {
 
 // Recogniser keeps the table.
 type Recogniser struct {
-	opt  Options
-	own  *sockets.Netns
-	wake chan struct{}
+	opt     Options
+	own     *sockets.Netns
+	wake    chan struct{}
+	digests *digests
 
 	mu         sync.Mutex
 	of         uint64 // counts SetIdentities
@@ -117,7 +118,9 @@ func New(opt Options) (*Recogniser, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Recogniser{opt: opt, own: own, wake: make(chan struct{}, 1), table: &Table{}, held: map[uint64]*held{}}, nil
+	r := &Recogniser{opt: opt, own: own, wake: make(chan struct{}, 1), table: &Table{}, held: map[uint64]*held{}}
+	r.digests = newDigests(r.Wake)
+	return r, nil
 }
 
 // SetIdentities replaces the identities that are looked for, and returns what
@@ -168,6 +171,7 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 		}
 		r.own.Close()
 	}()
+	r.digests.run(ctx)
 	tick := time.NewTicker(r.opt.Rescan)
 	defer tick.Stop()
 	for first := true; ; first = false {

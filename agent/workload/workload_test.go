@@ -397,7 +397,7 @@ func TestNearest(t *testing.T) {
 		{"/scope/shop/payment", "shop/payments", `cgroup.path: is "/shop/payment", want "/shop/payments" or beneath it`},
 		{"/scope/a", "", ""},
 	} {
-		name, mismatch := nearest(identities, "/scope", c.path, nil)
+		name, mismatch := nearest(identities, "/scope", c.path, nil, nil)
 		if name != c.name || mismatch != c.mismatch {
 			t.Errorf("%s: %s, %s", c.path, name, mismatch)
 		}

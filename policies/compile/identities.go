@@ -4,6 +4,7 @@ package compile
 
 import (
 	"cmp"
+	"encoding/hex"
 	"net/netip"
 	"path"
 	"slices"
@@ -212,6 +213,7 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 		if b := out.ProcessBinary; b != "" && (!path.IsAbs(b) || path.Clean(b) != b) {
 			c.report.Errorf(d.At("spec", "select", "process", "binary"), "binary: %q is not a clean absolute path", b)
 		}
+		c.digest(out, d, s.Process.Digest)
 	}
 	key := d.Key("spec", "select")
 	var places []string
@@ -246,6 +248,18 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 		c.report.Errorf(key, "select: empty would match every workload; write \"all: true\" if you mean it")
 	}
 	id.Selector = out
+}
+
+// digest reads the digest of an executable's content.
+func (c *compiler) digest(out *Selector, d *identityDoc, text string) {
+	if _, written := d.Lookup("spec", "select", "process", "digest"); !written {
+		return
+	}
+	digits, ok := strings.CutPrefix(text, "sha256:")
+	n, err := hex.Decode(out.ProcessDigest[:], []byte(digits[:min(len(digits), 2*len(out.ProcessDigest))]))
+	if out.HasDigest = ok && err == nil && n == len(out.ProcessDigest) && len(digits) == 2*n && strings.ToLower(digits) == digits; !out.HasDigest {
+		c.report.Errorf(d.At("spec", "select", "process", "digest"), "digest: %q is not sha256: and 64 hexadecimal digits in lower case, as sha256sum writes them", text)
+	}
 }
 
 func (c *compiler) unit(d *identityDoc, unit string) {
@@ -324,6 +338,9 @@ func UnitPath(unit string) string {
 // meets says whether one process could be of both, its place left aside.
 func (s *Selector) meets(o *Selector) bool {
 	if s.HasUID && o.HasUID && s.UID != o.UID {
+		return false
+	}
+	if s.HasDigest && o.HasDigest && s.ProcessDigest != o.ProcessDigest {
 		return false
 	}
 	return s.ProcessBinary == "" || o.ProcessBinary == "" || s.ProcessBinary == o.ProcessBinary

@@ -143,7 +143,9 @@ type Selector struct {
 	CgroupPath    string // clean and absolute beneath the cgroup root, the cgroup and what is beneath it
 	UID           uint32
 	HasUID        bool
-	ProcessBinary string // absolute path, "" for any
+	ProcessBinary string   // absolute path, "" for any
+	ProcessDigest [32]byte // SHA-256 of its content
+	HasDigest     bool
 }
 
 // Egress is a range of addresses outside the mesh, or a host in lower case

@@ -9,8 +9,7 @@ import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 // line that is accepted and does nothing protects nobody. What is built is
 // taken out.
 var unsupported = map[string]bool{
-	"Selector.all":           true,
-	"ProcessSelector.digest": true,
+	"Selector.all": true,
 
 	"TokenIssuerSpec.introspection":    true,
 	"RelationModelSpec.address":        true,

@@ -88,7 +88,7 @@ type ProcessSelector struct {
 	// Binary is the absolute path of the executable.
 	Binary string `json:"binary" required:"true"`
 	// Digest is that of the executable's content, sha256: and 64 hexadecimal
-	// digits.
+	// digits in lower case.
 	Digest string `json:"digest"`
 }
 
