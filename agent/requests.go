@@ -296,9 +296,23 @@ func (a *Agent) sign(q *linepb.Sign) ([][]byte, error) {
 }
 
 // putVerdict takes only what its own plan decides by identity alone: nothing
-// else may go past the proxy.
+// else may go past the proxy. A view that is replaced meanwhile, as one is when
+// a process has come or gone, has it look again.
 func (a *Agent) putVerdict(q *linepb.Verdict) error {
-	v := a.view.Load()
+	const tries = 4
+	for range tries {
+		v := a.view.Load()
+		if err := a.putVerdictBy(v, q); !errors.Is(err, errOtherView) {
+			return err
+		}
+	}
+	return refuse(flow.ReasonNotReady, "verdict: the workloads change too often")
+}
+
+// errOtherView says that the view was replaced.
+var errOtherView = errors.New("another view")
+
+func (a *Agent) putVerdictBy(v *view, q *linepb.Verdict) error {
 	if v == nil || v.generation != q.GetPolicyGeneration() {
 		return refuse(flow.ReasonNotReady, "verdict: of another policy generation")
 	}
@@ -323,7 +337,7 @@ func (a *Agent) putVerdict(q *linepb.Verdict) error {
 	// A new view comes before the bump of what it voids: while this one is
 	// still in place the generation is one under which it was decided.
 	if a.view.Load() != v {
-		return refuse(flow.ReasonNotReady, "verdict: of another policy generation")
+		return errOtherView
 	}
 	err = a.dp.PutVerdict(flow.Verdict{
 		Source: number, SourceNetns: q.GetSourceNetns(), Destination: to, DestinationNetns: netns, Action: flow.ActionDirect,

@@ -433,7 +433,9 @@ func TestFloodIsRefusedAndCounted(t *testing.T) {
 func TestEgressOfAVerifiedHost(t *testing.T) {
 	at := netip.MustParseAddrPort("203.0.113.9:443")
 	v := &view{resolved: map[string][]netip.Addr{"a.test": {at.Addr()}, "b.test": {at.Addr()}, "c.test": {netip.MustParseAddr("203.0.113.10")}}}
-	verified := func(host string) compile.Egress { return compile.Egress{Host: host, Ports: []uint16{443}, Verify: true} }
+	verified := func(host string) compile.Egress {
+		return compile.Egress{Host: host, Ports: []uint16{443}, Verify: true}
+	}
 	any443 := []uint16{443}
 	for _, c := range []struct {
 		name   string

@@ -217,7 +217,9 @@ func TestEgressVerifiedEnds(t *testing.T) {
 			if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("%s: the connection lives: %v", what, err)
 			}
-			if !slices.ContainsFunc(n.records(), func(r pipeline.Record) bool { return r.Reason == flow.ReasonPolicyChanged || r.Reason == flow.ReasonRevoked }) {
+			if !slices.ContainsFunc(n.records(), func(r pipeline.Record) bool {
+				return r.Reason == flow.ReasonPolicyChanged || r.Reason == flow.ReasonRevoked
+			}) {
 				t.Errorf("%s: not recorded", what)
 			}
 		}
