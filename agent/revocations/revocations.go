@@ -47,7 +47,7 @@ type Kind string
 const (
 	Identity Kind = "identity" // a SPIFFE ID
 	Serial   Kind = "serial"   // of a certificate, lower-case hex
-	JTI      Kind = "jti"      // a token's id
+	JTI      Kind = "jti"      // a token's "iss|jti", or the jti of any issuer's
 	Subject  Kind = "subject"  // "iss|sub", as decisions name it
 	Issuer   Kind = "issuer"   // an issuer, with every token of its
 )

@@ -21,7 +21,7 @@ allowed is closed. KIND is one of
 
   identity   a SPIFFE ID
   serial     a certificate's serial number, hex
-  jti        a token's id
+  jti        a token's id, or "ISSUER|ID" for that issuer's alone
   subject    "ISSUER|SUB"
   issuer     an issuer's URL`,
 		Example: "  sallyport revoke identity spiffe://example.org/ns/shop/sa/checkout --for 1h --why incident-42",

@@ -95,7 +95,7 @@ type Decision struct {
 	// does not end by itself.
 	Until time.Time
 	// Subjects are what a revocation of would void the decision: SPIFFE IDs,
-	// "iss|sub", "jti:...". At most 4.
+	// "iss|sub", "iss|jti". At most 4.
 	Subjects [4]string
 }
 

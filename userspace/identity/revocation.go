@@ -16,7 +16,7 @@ type RevocationKind string
 const (
 	RevokeIdentity RevocationKind = "identity" // a SPIFFE ID
 	RevokeSerial   RevocationKind = "serial"   // a certificate's serial number, hex; an intermediate's voids its leaves
-	RevokeJTI      RevocationKind = "jti"      // a token's jti
+	RevokeJTI      RevocationKind = "jti"      // a token's "iss|jti", or the jti of any issuer's
 	RevokeSubject  RevocationKind = "subject"  // "iss|sub"
 	RevokeIssuer   RevocationKind = "issuer"   // a token's iss
 )

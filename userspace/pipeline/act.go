@@ -94,7 +94,7 @@ func (r *run) punish(revoke bool, why string) {
 	if revoke {
 		kind, value := identity.RevokeIdentity, id
 		if c := r.verified; c != nil && c.ID != "" {
-			kind, value = identity.RevokeJTI, c.ID
+			kind, value = identity.RevokeJTI, c.TokenKey // another issuer's may have the same ID
 		}
 		if value != "" {
 			until := r.now.Add(blockFor)

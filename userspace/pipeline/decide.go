@@ -309,9 +309,10 @@ func (p *Pipeline) subjectsRevoked(subjects *[4]string, serial string, issued, n
 		return ok || local.has(kind, v, now)
 	}
 	issuer, _, _ := strings.Cut(subjects[1], "|")
+	_, tokenID, _ := strings.Cut(subjects[2], "|")
 	if find(identity.RevokeIdentity, subjects[0]) || find(identity.RevokeSerial, serial) ||
 		find(identity.RevokeSubject, subjects[1]) || find(identity.RevokeIssuer, issuer) ||
-		find(identity.RevokeJTI, strings.TrimPrefix(subjects[2], "jti:")) {
+		find(identity.RevokeJTI, subjects[2]) || find(identity.RevokeJTI, tokenID) {
 		return flow.ReasonRevoked
 	}
 	return flow.ReasonOK

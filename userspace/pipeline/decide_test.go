@@ -286,7 +286,7 @@ func TestGrant(t *testing.T) {
 	if want := w.now.Add(5 * time.Minute); !d.Until.Equal(want) {
 		t.Errorf("until %v, want the token's end %v", d.Until, want)
 	}
-	if d.Subjects[0] != w.identity("checkout").ID || d.Subjects[1] != issuerURL+"|alice" || d.Subjects[2] != "jti:t1" {
+	if d.Subjects[0] != w.identity("checkout").ID || d.Subjects[1] != issuerURL+"|alice" || d.Subjects[2] != issuerURL+"|t1" {
 		t.Errorf("subjects %q", d.Subjects)
 	}
 	if d.Template != "/v1/payments" || d.DirectOK {

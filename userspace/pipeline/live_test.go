@@ -14,7 +14,7 @@ import (
 
 func TestLiveRevoked(t *testing.T) {
 	now := time.Now()
-	stream := Stream{Subjects: [4]string{"spiffe://d/a", "https://iss|alice", "jti:t1"}, Serial: "ab", Issued: now}
+	stream := Stream{Subjects: [4]string{"spiffe://d/a", "https://iss|alice", "https://iss|t1"}, Serial: "ab", Issued: now}
 	for _, c := range []struct {
 		kind   identity.RevocationKind
 		value  string
@@ -26,6 +26,8 @@ func TestLiveRevoked(t *testing.T) {
 		{identity.RevokeSerial, "AB", now, true},
 		{identity.RevokeJTI, "t1", now, true},
 		{identity.RevokeJTI, "t2", now, false},
+		{identity.RevokeJTI, "https://iss|t1", now, true},
+		{identity.RevokeJTI, "https://other|t1", now, false},
 		{identity.RevokeSubject, "https://iss|alice", now, true},
 		{identity.RevokeSubject, "https://iss|alice", now.Add(-time.Hour), false}, // allowed by what was issued since
 		{identity.RevokeIssuer, "https://iss", now, true},

@@ -184,7 +184,7 @@ func (r *run) token(rule *compile.Rule) finding {
 	if err != nil && errors.Is(err, token.ErrKeysPending) {
 		claims, reason, err = r.verifyLater()
 	}
-	if reason == flow.ReasonOK && r.p.blocked.Load().has(identity.RevokeJTI, claims.ID, r.now) {
+	if reason == flow.ReasonOK && r.p.blocked.Load().has(identity.RevokeJTI, claims.TokenKey, r.now) {
 		reason, err = flow.ReasonTokenRevoked, nil
 	}
 	if reason != flow.ReasonOK {

@@ -46,7 +46,7 @@ type Claims struct {
 	// Raw holds every claim: strings, booleans, nil, int64, float64, []any
 	// and map[string]any.
 	Raw map[string]any
-	// SubjectKey ("iss|sub") and TokenKey ("jti:ID", "" without a jti) are
+	// SubjectKey ("iss|sub") and TokenKey ("iss|jti", "" without a jti) are
 	// the names by which flow.Decision.Subjects knows what a revocation of
 	// would void this token.
 	SubjectKey, TokenKey string
@@ -95,7 +95,7 @@ func readClaims(raw map[string]any) (*Claims, error) {
 	date(raw, "auth_time", &c.AuthTime)
 	c.SubjectKey = c.Issuer + "|" + c.Subject
 	if c.ID != "" {
-		c.TokenKey = "jti:" + c.ID
+		c.TokenKey = c.Issuer + "|" + c.ID
 	}
 	return c, nil
 }

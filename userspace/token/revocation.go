@@ -14,7 +14,7 @@ const maxRevocations = 1 << 17
 // (jti, subject, issuer), never by a token's bytes: an ECDSA signature has a
 // second valid form, so a token has a second spelling.
 type Revocation struct {
-	Kind string // jti, subject ("iss|sub"), issuer (URL or namespace/name); others are not for tokens and ignored
+	Kind string // jti ("iss|jti", or the jti of any issuer), subject ("iss|sub"), issuer (URL or namespace/name); others are not for tokens and ignored
 	// Value is what the kind says.
 	Value string
 	// Since: subject and issuer void the tokens issued until then, and those
@@ -78,8 +78,10 @@ func (r *revocations) holds(t *Claims, i *issuer, now time.Time) bool {
 		return false
 	}
 	if t.ID != "" {
-		if one, there := r.all[revocationKey{"jti", t.ID}]; there && one.live(now) {
-			return true
+		for _, value := range [...]string{t.TokenKey, t.ID} {
+			if one, there := r.all[revocationKey{"jti", value}]; there && one.live(now) {
+				return true
+			}
 		}
 	}
 	return r.covers("subject", t.SubjectKey, t, now) || r.covers("issuer", i.URL, t, now) || r.covers("issuer", i.Name, t, now)

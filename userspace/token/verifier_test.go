@@ -43,7 +43,7 @@ func TestClaims(t *testing.T) {
 		t.Fatal(reason, err)
 	}
 	if got.Issuer != testURL || got.Subject != "alice" || got.ID != "id-1" || got.ClientID != "web" ||
-		got.SubjectKey != testURL+"|alice" || got.TokenKey != "jti:id-1" ||
+		got.SubjectKey != testURL+"|alice" || got.TokenKey != testURL+"|id-1" ||
 		fmt.Sprint(got.Scopes, got.Groups, got.Audience) != "[payments:read payments:write] [staff] [payments]" ||
 		got.IssuedAt.Unix() != now.Unix() || got.NotBefore.Unix() != now.Unix() || got.Expiry.Unix() != now.Add(5*time.Minute).Unix() ||
 		!got.Bound || got.Thumbprint != leaf {
@@ -150,6 +150,12 @@ func TestHitIsJudgedAgain(t *testing.T) {
 		{"audiences of the issuer", func(v *Verifier, _ *Check) error {
 			return v.SetIssuer(Issuer{Name: testIssuer, URL: testURL, Audiences: []string{"ledger"}})
 		}, flow.ReasonTokenAudience},
+		{"jti of the issuer revoked", func(v *Verifier, _ *Check) error {
+			return v.SetRevocations([]Revocation{{Kind: "jti", Value: testURL + "|id-1"}})
+		}, flow.ReasonTokenRevoked},
+		{"jti of another issuer revoked", func(v *Verifier, _ *Check) error {
+			return v.SetRevocations([]Revocation{{Kind: "jti", Value: "https://other.example|id-1"}})
+		}, flow.ReasonOK},
 		{"jti revoked", func(v *Verifier, _ *Check) error {
 			return v.SetRevocations([]Revocation{{Kind: "jti", Value: "id-1"}})
 		}, flow.ReasonTokenRevoked},
