@@ -31,7 +31,7 @@ const (
 	// an older one forgotten.
 	MaxEntries = 10000
 	// MaxValue bounds what an entry names, in bytes.
-	MaxValue = 512
+	MaxValue = 1024
 	// MaxReason bounds why and by whom, in bytes.
 	MaxReason = 256
 
