@@ -125,6 +125,7 @@ type Bound uint8
 const (
 	BoundNone Bound = iota // a bearer token will do; one that is bound must still be proven
 	BoundMTLS              // the certificate of the channel, RFC 8705
+	BoundDPoP              // a key, by a proof with each request, RFC 9449
 )
 
 // TokenRule is the access token that a rule asks for.

@@ -19,8 +19,11 @@ func (r *Rule) Requires() (asks []string) {
 		if len(t.Scopes) > 0 {
 			s += " with " + strings.Join(t.Scopes, " ")
 		}
-		if t.Bound == BoundMTLS {
+		switch t.Bound {
+		case BoundMTLS:
 			s += ", bound to mtls"
+		case BoundDPoP:
+			s += ", bound to dpop"
 		}
 		if t.Challenge != "" {
 			s += t.Challenge

@@ -387,6 +387,9 @@ func (c *compiler) token(a *API, r *ruleSource) {
 		}
 	}
 	c.authentication(r, t)
+	if t.BoundTo == "dpop" {
+		r.Token.Bound = BoundDPoP
+	}
 	if t.BoundTo == "mtls" {
 		r.Token.Bound = BoundMTLS
 		if a.MTLS == MTLSOff && !slices.ContainsFunc(a.Rules, (*Rule).boundToMTLS) { // said once

@@ -17,7 +17,6 @@ var unsupported = map[string]bool{
 	"RelationModelSpec.engine=spicedb": true,
 
 	"APIPolicySpec.onError=cached": true,
-	"Token.boundTo=dpop":           true,
 	"Token.boundTo=signature":      true,
 	"Anomaly.stepUp":               true,
 	"Anomaly.falsePositives":       true,

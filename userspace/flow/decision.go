@@ -94,6 +94,12 @@ type Decision struct {
 	// Until is when what allowed it ends (token, certificate), zero if it
 	// does not end by itself.
 	Until time.Time
+	// ProvenKey is the thumbprint (RFC 7638) of the key that was proven by
+	// DPoP (RFC 9449), zero for none.
+	ProvenKey [32]byte
+	// DPoP says that the rule asks for a token bound by DPoP: the challenge is
+	// of that scheme.
+	DPoP bool
 	// Subjects are what a revocation of would void the decision: SPIFFE IDs,
 	// "iss|sub", "iss|jti". At most 4.
 	Subjects [4]string

@@ -100,6 +100,11 @@ const (
 	ReasonTokenScope       Reason = "token_scope"       // scopes
 	ReasonTokenBinding     Reason = "token_binding"     // bound to another certificate or key
 	ReasonTokenProof       Reason = "token_proof"       // bound, and no proof came with it
+	ReasonProofMissing     Reason = "dpop_missing"      // bound to a key, and no DPoP proof came
+	ReasonProofMalformed   Reason = "dpop_malformed"    // a DPoP proof that cannot be read or verified
+	ReasonProofMismatch    Reason = "dpop_mismatch"     // htm, htu or ath
+	ReasonProofStale       Reason = "dpop_stale"        // iat
+	ReasonProofReplayed    Reason = "dpop_replayed"     // jti
 	ReasonTokenUnbound     Reason = "token_unbound"     // the rule asks for a bound token
 	ReasonTokenRevoked     Reason = "token_revoked"     // jti, subject or issuer revoked
 	ReasonTokenKeysStale   Reason = "token_keys_stale"  // the issuer's keys are older than the hard limit
@@ -162,7 +167,8 @@ func (r Reason) Status() int {
 	case ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenAlgorithm,
 		ReasonTokenHeader, ReasonTokenType, ReasonTokenIssuer, ReasonTokenAudience, ReasonTokenKey,
 		ReasonTokenSignature, ReasonTokenExpired, ReasonTokenNotYet, ReasonTokenLifetime, ReasonTokenClaims,
-		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonStepUp:
+		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonStepUp,
+		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed:
 		return 401
 	case ReasonTimeout:
 		return 408
@@ -224,6 +230,7 @@ func (r Reason) Told(proven bool) Reason {
 	case ReasonNoIdentity, ReasonMTLSRequired,
 		ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenPlace,
 		ReasonTokenScope, ReasonStepUp,
+		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed,
 		ReasonMalformed, ReasonTooLarge, ReasonTarget, ReasonHeaderAmbiguous, ReasonUpgrade, ReasonNotHTTP, ReasonNotGRPC, ReasonTimeout,
 		ReasonThrottled:
 		return r

@@ -53,11 +53,16 @@ type Request struct {
 	Path        string // without query; no dot segment, no "//", no encoded slash
 	Query       string // raw, without "?"
 	Host        string // lower case, without port
+	Authority   string // host and port as asked for
+	TLS         bool   // the client spoke TLS, to us
 	Upgrade     bool   // it is the opening handshake of WebSocket
 	Headers     []Header
 	// ContentLength is in bytes, -1 when the body is chunked.
 	ContentLength int64
 	Body          []byte // the first bytes, up to the policy's body.inspect
+	// ProvenKey is the thumbprint (RFC 7638) of the key that the request's
+	// DPoP proof has proven already, where it is judged again; zero for none.
+	ProvenKey [32]byte
 }
 
 // HeaderValue returns the value of the only field of that name (ASCII case

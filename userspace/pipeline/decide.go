@@ -73,6 +73,8 @@ type run struct {
 	raw        []byte // the bearer token, once looked for
 	rawReason  flow.Reason
 	rawLooked  bool
+	rawDPoP    bool          // it came with the scheme DPoP
+	proof      token.Proof   // of the request, for a token that is bound to a key
 	verified   *token.Claims // of the rule that is being judged
 	leaseEnd   time.Time     // of the relation of that rule
 	proven     posture       // of the policy, once judged
@@ -110,7 +112,8 @@ func (r *run) release() {
 	r.activation = compile.Activation{}
 	r.claims = compile.Claims{}
 	r.check = token.Check{}
-	r.raw, r.rawReason, r.rawLooked = nil, flow.ReasonOK, false
+	r.raw, r.rawReason, r.rawLooked, r.rawDPoP = nil, flow.ReasonOK, false, false
+	r.proof = token.Proof{}
 	r.verified, r.leaseEnd = nil, time.Time{}
 	r.proven, r.ruleProven, r.facts, r.factsAsked = posture{}, posture{}, nil, false
 	clear(r.matches.Rules)
@@ -278,6 +281,7 @@ func (r *run) grant(m *compile.Match) {
 			r.until(c.AuthTime.Add(age))
 		}
 		d.Subjects[1], d.Subjects[2] = c.SubjectKey, c.TokenKey
+		d.ProvenKey = r.proof.Key()
 	}
 }
 

@@ -115,7 +115,7 @@ func (r *run) name(m *compile.Match) {
 	r.d.Rule = m.Rule.Name
 	r.d.Template = m.Template
 	if t := m.Rule.Token; t != nil {
-		r.d.Challenge = t.Challenge
+		r.d.Challenge, r.d.DPoP = t.Challenge, t.Bound == compile.BoundDPoP
 	}
 	pos, ok := r.st.rules[m.Rule]
 	if !ok {
@@ -167,7 +167,8 @@ func (r *run) token(rule *compile.Rule) finding {
 		return r.fail(rule, flow.StageToken, flow.ReasonTokenUnavailable, "no token verifier")
 	}
 	if !r.rawLooked {
-		r.raw, r.rawReason = token.FromRequest(r.req)
+		r.raw, r.rawDPoP, r.rawReason = token.FromRequest(r.req)
+		r.proof = token.Proof{Request: r.req}
 		r.rawLooked = true
 	}
 	if r.rawReason != flow.ReasonOK {
@@ -179,7 +180,7 @@ func (r *run) token(rule *compile.Rule) finding {
 		issuer = t.Issuer.FullName()
 	}
 	r.check = token.Check{Issuer: issuer, Audience: t.Audience, Scopes: t.Scopes, ACR: t.ACR, MaxAge: t.MaxAge,
-		BoundTo: bindings[t.Bound], Thumbprints: r.req.Peer.Thumbprints, Now: r.now}
+		BoundTo: bindings[t.Bound], Thumbprints: r.req.Peer.Thumbprints, DPoP: r.rawDPoP, Proof: &r.proof, Now: r.now}
 	claims, reason, err := r.p.opt.Tokens.Verify(r.raw, &r.check)
 	if err != nil && errors.Is(err, token.ErrKeysPending) {
 		claims, reason, err = r.verifyLater()
@@ -202,7 +203,7 @@ func (r *run) token(rule *compile.Rule) finding {
 	return finding{stage: flow.StageToken}
 }
 
-var bindings = [...]token.Binding{compile.BoundNone: token.BindingNone, compile.BoundMTLS: token.BindingMTLS}
+var bindings = [...]token.Binding{compile.BoundNone: token.BindingNone, compile.BoundMTLS: token.BindingMTLS, compile.BoundDPoP: token.BindingDPoP}
 
 // verifyLater waits for the issuer's keys and asks once more.
 func (r *run) verifyLater() (claims *token.Claims, reason flow.Reason, err error) {

@@ -18,6 +18,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/tunnel"
+	"github.com/sallyport-dev/sallyport/userspace/token"
 )
 
 const (
@@ -228,6 +229,7 @@ func (c *call) begin(protocol flow.Protocol) *flow.Request {
 // request begins what a decision is about.
 func (c *call) request(id string, now time.Time, protocol flow.Protocol) flow.Request {
 	req := flow.Request{ID: id, Time: now, Peer: c.peer, Destination: c.dst, Protocol: protocol}
+	_, req.TLS = c.client.(*tls.Conn)
 	if c.peer.Channel == flow.ChannelKernel {
 		req.Peer.Thumbprints = c.p.opt.Leaves.Thumbprints(c.peer.ID)
 	}
@@ -381,6 +383,7 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 		}
 		req.Method, req.Path, req.Query, req.Host = text(h.Method), text(h.Path), text(h.Query), text(h.Host)
 		req.Headers, req.ContentLength, req.Upgrade = h.Fields, h.ContentLength, h.Upgrade()
+		req.Authority, req.TLS, req.ProvenKey = text(h.Authority), c.req.TLS, c.d.ProvenKey
 	}
 	var d flow.Decision
 	env := pipeline.Env{Loop: c.l.judge, Task: t}
@@ -478,7 +481,7 @@ const (
 // says whether the connection can go on.
 func (c *call) deny(whole bool) bool {
 	keep := whole && !c.head.Close && !c.ending()
-	b := appendDenial(c.scratch[:0], c.d.Reason, c.d.Challenge, c.proven(), text(c.id[:]), c.req.Method == "HEAD", keep)
+	b := appendDenial(c.scratch[:0], &c.d, c.proven(), text(c.id[:]), c.req.Method == "HEAD", keep)
 	c.scratch = b
 	if _, err := c.client.Write(b); err != nil {
 		return false
@@ -516,21 +519,17 @@ func (c *call) proven() bool { return c.peer.ID != "" || c.peer.Number != 0 }
 
 // appendDenial appends the answer to a refused request: RFC 9457, with the
 // challenge of RFC 6750 and RFC 9470 where a token would mend it. It says
-// nothing about policies, and to a stranger not even every reason. more are
-// further parameters of a step-up's challenge.
-func appendDenial(b []byte, reason flow.Reason, more string, proven bool, id string, head, keep bool) []byte {
+// nothing about policies, and to a stranger not even every reason.
+func appendDenial(b []byte, d *flow.Decision, proven bool, id string, head, keep bool) []byte {
+	reason := d.Reason
 	status := reason.Status()
 	title := http.StatusText(status)
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(append(append(b, ' '), title...), "\r\nContent-Type: application/problem+json\r\nCache-Control: no-store\r\nX-Sallyport-Request-Id: "...)
 	b = append(append(b, id...), "\r\n"...)
-	if challenge := challengeOf(reason, status); challenge != "" {
-		b = append(append(b, "WWW-Authenticate: Bearer"...), challenge...)
-		if reason == flow.ReasonStepUp {
-			b = append(b, more...)
-		}
-		b = append(b, "\r\n"...)
+	if challenge := challengeOf(d); challenge != "" {
+		b = append(append(append(b, "WWW-Authenticate: "...), challenge...), "\r\n"...)
 	}
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		b = append(b, "Retry-After: 1\r\n"...)
@@ -569,18 +568,27 @@ func appendProblem(b []byte, reason flow.Reason, proven bool, id string) []byte 
 	return append(append(append(b, `","requestID":"`...), id...), "\"}\n"...)
 }
 
-// challengeOf returns the parameters of a WWW-Authenticate: Bearer field, ""
-// for none.
-func challengeOf(reason flow.Reason, status int) string {
+// challengeOf returns the value of a WWW-Authenticate field (RFC 6750, RFC
+// 9449 section 7.1, RFC 9470), "" for none.
+func challengeOf(d *flow.Decision) string {
+	var what string
 	switch {
-	case reason == flow.ReasonTokenScope:
-		return ` error="insufficient_scope"`
-	case status != http.StatusUnauthorized:
+	case d.Reason == flow.ReasonTokenScope:
+		what = `error="insufficient_scope"`
+	case d.Reason.Status() != http.StatusUnauthorized:
 		return ""
-	case reason == flow.ReasonTokenMissing:
-		return ` realm="sallyport"`
-	case reason == flow.ReasonStepUp:
-		return ` error="insufficient_user_authentication"`
+	case d.Reason == flow.ReasonTokenMissing:
+		what = `realm="sallyport"`
+	case d.Reason == flow.ReasonStepUp:
+		what = `error="insufficient_user_authentication"` + d.Challenge
+	case d.Reason == flow.ReasonProofMissing, d.Reason == flow.ReasonProofMalformed, d.Reason == flow.ReasonProofMismatch,
+		d.Reason == flow.ReasonProofStale, d.Reason == flow.ReasonProofReplayed:
+		return `DPoP error="invalid_dpop_proof", algs="` + token.ProofAlgorithms + `"`
+	default:
+		what = `error="invalid_token"`
 	}
-	return ` error="invalid_token"`
+	if d.DPoP {
+		return "DPoP " + what + `, algs="` + token.ProofAlgorithms + `"`
+	}
+	return "Bearer " + what
 }

@@ -37,7 +37,7 @@ func TestDenial(t *testing.T) {
 	} {
 		for _, head := range []bool{false, true} {
 			for _, keep := range []bool{false, true} {
-				b := appendDenial(nil, reason, "", true, id, head, keep)
+				b := appendDenial(nil, &flow.Decision{Reason: reason}, true, id, head, keep)
 				method := "GET"
 				if head {
 					method = "HEAD"
@@ -79,7 +79,7 @@ func TestStepUpChallenge(t *testing.T) {
 		flow.ReasonStepUp:       `Bearer error="insufficient_user_authentication", acr_values="mfa", max_age=300`,
 		flow.ReasonTokenExpired: `Bearer error="invalid_token"`,
 	} {
-		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(appendDenial(nil, reason, more, true, id, false, false))), nil)
+		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(appendDenial(nil, &flow.Decision{Reason: reason, Challenge: more}, true, id, false, false))), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -94,23 +94,23 @@ func TestStepUpChallenge(t *testing.T) {
 // tell one refusal of the policy from another.
 func TestDenialToStrangers(t *testing.T) {
 	const id = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
-	hidden := appendDenial(nil, flow.ReasonNoRule, "", false, id, false, false)
+	hidden := appendDenial(nil, &flow.Decision{Reason: flow.ReasonNoRule}, false, id, false, false)
 	for _, reason := range []flow.Reason{flow.ReasonDenyRule, flow.ReasonCondition, flow.ReasonConditionErr, flow.ReasonRelation,
 		flow.ReasonMayCall, flow.ReasonPosture, flow.ReasonAnomaly, flow.ReasonNoPolicy, flow.ReasonUnknownIdentity, flow.ReasonIdentityRevoked} {
-		if got := appendDenial(nil, reason, "", false, id, false, false); !bytes.Equal(got, hidden) {
+		if got := appendDenial(nil, &flow.Decision{Reason: reason}, false, id, false, false); !bytes.Equal(got, hidden) {
 			t.Errorf("%s differs from %s:\n%s\n%s", reason, flow.ReasonNoRule, got, hidden)
 		}
 	}
-	token := appendDenial(nil, flow.ReasonTokenSignature, "", false, id, false, false)
+	token := appendDenial(nil, &flow.Decision{Reason: flow.ReasonTokenSignature}, false, id, false, false)
 	for _, reason := range []flow.Reason{flow.ReasonTokenExpired, flow.ReasonTokenKey, flow.ReasonTokenIssuer, flow.ReasonTokenAudience, flow.ReasonTokenRevoked} {
-		if got := appendDenial(nil, reason, "", false, id, false, false); !bytes.Equal(got, token) {
+		if got := appendDenial(nil, &flow.Decision{Reason: reason}, false, id, false, false); !bytes.Equal(got, token) {
 			t.Errorf("%s differs from %s:\n%s\n%s", reason, flow.ReasonTokenSignature, got, token)
 		}
 	}
 	for reason, want := range map[flow.Reason]flow.Reason{
 		flow.ReasonNoRule: flow.ReasonOK, flow.ReasonTokenSignature: flow.ReasonOK, flow.ReasonNoIdentity: flow.ReasonNoIdentity, flow.ReasonMalformed: flow.ReasonMalformed,
 	} {
-		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(appendDenial(nil, reason, "", false, id, false, false))), nil)
+		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(appendDenial(nil, &flow.Decision{Reason: reason}, false, id, false, false))), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -146,7 +146,7 @@ func (x *exchange) begin() {
 // describe fills in what is asked for.
 func (x *exchange) describe(req *flow.Request) {
 	h := &x.head
-	req.Method, req.Path, req.Query, req.Host = h.Method, h.Path, h.Query, h.Host
+	req.Method, req.Path, req.Query, req.Host, req.Authority = h.Method, h.Path, h.Query, h.Host, h.Authority
 	req.Headers, req.ContentLength = bearing(h.Fields, x.auth), h.ContentLength
 }
 
@@ -368,6 +368,7 @@ func (x *exchange) recheck(t *netloop.Task) {
 	req := c.request(c.l.judge.NewID(now), now, x.req.Protocol)
 	x.describe(&req)
 	req.Headers = slices.Clone(req.Headers) // their storage is the exchange's
+	req.ProvenKey = x.d.ProvenKey
 	var d flow.Decision
 	c.p.opt.Pipeline.Decide(pipeline.Env{Loop: c.l.judge, Task: t}, &req, c.src, c.api, &d)
 	if x.serial == serial && d.Refused() {
@@ -422,11 +423,8 @@ func (x *exchange) deny() {
 func appendTold(list []http2.Field, d *flow.Decision, id string) []http2.Field {
 	list = append(list, http2.Field{Name: "cache-control", Value: "no-store"},
 		http2.Field{Name: "x-sallyport-request-id", Value: id, Sensitive: true}) // each has another
-	if challenge := challengeOf(d.Reason, d.Reason.Status()); challenge != "" {
-		if d.Reason == flow.ReasonStepUp {
-			challenge += d.Challenge
-		}
-		list = append(list, http2.Field{Name: "www-authenticate", Value: "Bearer" + challenge})
+	if challenge := challengeOf(d); challenge != "" {
+		list = append(list, http2.Field{Name: "www-authenticate", Value: challenge})
 	}
 	return list
 }

@@ -163,7 +163,7 @@ func (c *call) serveRequest() bool {
 	}
 	// What inspect received may have moved the head.
 	req.Path, req.Query, req.Host, req.Headers, req.ContentLength = text(h.Path), text(h.Query), text(h.Host), h.Fields, h.ContentLength
-	req.Upgrade = h.Upgrade()
+	req.Upgrade, req.Authority = h.Upgrade(), text(h.Authority)
 	c.auth = c.obtained(c.t, req)
 	req.Headers = bearing(h.Fields, c.auth)
 	h.Fields = req.Headers[:len(h.Fields)] // with its room
@@ -327,7 +327,7 @@ func (c *call) exchange() bool {
 	}
 	begin := c.head.Compact(c.buf, c.r, add)
 	// The head's storage is void now.
-	c.req.Path, c.req.Query, c.req.Host, c.req.Headers, c.req.Body = "", "", "", nil, nil
+	c.req.Path, c.req.Query, c.req.Host, c.req.Authority, c.req.Headers, c.req.Body = "", "", "", "", nil, nil
 	head := c.req.Method == "HEAD"
 	c.old = c.head.Minor == 0
 	if _, err := c.upstream.Write(c.buf[begin : at+n]); err != nil {

@@ -39,10 +39,12 @@ type Claims struct {
 	// or where it is none.
 	ACR      string
 	AuthTime time.Time
-	// Bound says that the token names the certificate it is for (RFC 8705),
-	// whose SHA-256 digest Thumbprint is.
-	Bound      bool
-	Thumbprint [sha256.Size]byte
+	// Bound says that the token names what its sender must prove: the
+	// certificate whose SHA-256 digest Thumbprint is (RFC 8705), the key whose
+	// thumbprint (RFC 7638) KeyThumbprint is (RFC 9449), or both.
+	Bound         bool
+	Thumbprint    [sha256.Size]byte
+	KeyThumbprint [sha256.Size]byte
 	// Raw holds every claim: strings, booleans, nil, int64, float64, []any
 	// and map[string]any.
 	Raw map[string]any
@@ -55,13 +57,14 @@ type Claims struct {
 	proof cnf
 }
 
-// cnf is what a token's cnf claim asks to be proven (RFC 7800).
+// cnf is what a token's cnf claim asks to be proven (RFC 7800): all of it.
 type cnf uint8
 
 const (
-	cnfAbsent      cnf = iota
-	cnfCertificate     // x5t#S256 alone
-	cnfOther           // empty, several members, or one that cannot be proven here
+	cnfAbsent      cnf = 0
+	cnfCertificate cnf = 1 << iota // x5t#S256
+	cnfKey                         // jkt
+	cnfOther                       // nothing, or something that cannot be proven here
 )
 
 // reservedClaims are the claims that decide something here or in an
@@ -185,16 +188,26 @@ func readProof(c *Claims, raw map[string]any) bool {
 	if !ok {
 		return false
 	}
-	c.Bound, c.proof = true, cnfOther
-	digest, there := members["x5t#S256"]
-	if !there || len(members) != 1 {
-		return true
+	c.Bound = true
+	for name, value := range members {
+		b := octets(value)
+		switch name {
+		case "x5t#S256":
+			c.proof |= cnfCertificate
+			copy(c.Thumbprint[:], b)
+		case "jkt":
+			c.proof |= cnfKey
+			copy(c.KeyThumbprint[:], b)
+		default:
+			c.proof |= cnfOther
+			continue
+		}
+		if len(b) != sha256.Size {
+			return false
+		}
 	}
-	b := octets(digest)
-	if len(b) != sha256.Size {
-		return false
+	if len(members) == 0 {
+		c.proof = cnfOther
 	}
-	c.proof = cnfCertificate
-	copy(c.Thumbprint[:], b)
 	return true
 }

@@ -186,7 +186,11 @@ func TestConformance(t *testing.T) {
 		{"cnf null", asText(goodHeader, splice(goodClaims, `"cnf":null`)), nil, flow.ReasonTokenClaims},
 		{"x5t#S256 a byte short", claim("cnf", map[string]any{"x5t#S256": b64(leaf[:31])}), func(c *Check) { c.Thumbprints = [][32]byte{leaf} }, flow.ReasonTokenClaims},
 		{"x5t#S256 a number", claim("cnf", map[string]any{"x5t#S256": 1}), func(c *Check) { c.Thumbprints = [][32]byte{leaf} }, flow.ReasonTokenClaims},
-		{"rule asks for DPoP", good, func(c *Check) { c.BoundTo = BindingDPoP }, flow.ReasonTokenProof},
+		{"unbound, rule asks for DPoP", good, func(c *Check) { c.BoundTo = BindingDPoP }, flow.ReasonTokenUnbound},
+		{"unbound, with the scheme DPoP", good, func(c *Check) { c.DPoP = true }, flow.ReasonTokenProof},
+		{"bound to the certificate, rule asks for DPoP", claim("cnf", bound(leaf)), func(c *Check) { c.BoundTo = BindingDPoP; c.Thumbprints = [][32]byte{leaf} }, flow.ReasonTokenUnbound},
+		{"bound to a key, rule asks for the certificate", claim("cnf", map[string]any{"jkt": b64(leaf[:])}), func(c *Check) { c.BoundTo = BindingMTLS; c.Thumbprints = [][32]byte{leaf} }, flow.ReasonTokenUnbound},
+		{"jkt a byte short", claim("cnf", map[string]any{"jkt": b64(leaf[:31])}), func(c *Check) { c.DPoP = true }, flow.ReasonTokenClaims},
 		{"rule asks for a signature", good, func(c *Check) { c.BoundTo = BindingSignature }, flow.ReasonTokenProof},
 	}
 	for _, r := range rows {

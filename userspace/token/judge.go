@@ -32,7 +32,7 @@ func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.
 	if reason, err := lifetime(t, i, now); err != nil {
 		return reason, err
 	}
-	if reason, err := binding(t, i, c); err != nil {
+	if reason, err := v.binding(t, i, c, now); err != nil {
 		return reason, err
 	}
 	if v.revoked.Load().holds(t, i, now) {
@@ -106,28 +106,30 @@ func lifetime(t *Claims, i *issuer, now time.Time) (flow.Reason, error) {
 	return flow.ReasonOK, nil
 }
 
-// binding holds cnf against this connection. A bound token without its proof
-// is refused even where the rule asks for no binding: it may be stolen.
-func binding(t *Claims, i *issuer, c *Check) (flow.Reason, error) {
-	if c.BoundTo > BindingMTLS {
+// binding holds cnf against this connection and request. A bound token without
+// its proof is refused even where the rule asks for no binding: it may be
+// stolen.
+func (v *Verifier) binding(t *Claims, i *issuer, c *Check, now time.Time) (flow.Reason, error) {
+	switch {
+	case c.BoundTo > BindingDPoP || t.proof&cnfOther != 0:
 		return flow.ReasonTokenProof, errProof
+	case c.BoundTo == BindingMTLS && t.proof&cnfCertificate == 0, c.BoundTo == BindingDPoP && t.proof&cnfKey == 0, i.RequireBinding && t.proof == cnfAbsent:
+		return flow.ReasonTokenUnbound, errUnbound
+	case (t.proof&cnfKey != 0) != c.DPoP: // RFC 9449 section 7.2
+		return flow.ReasonTokenProof, errProofScheme
 	}
-	switch t.proof {
-	case cnfAbsent:
-		if c.BoundTo == BindingMTLS || i.RequireBinding {
-			return flow.ReasonTokenUnbound, errUnbound
-		}
-		return flow.ReasonOK, nil
-	case cnfCertificate:
+	if t.proof&cnfCertificate != 0 {
 		if len(c.Thumbprints) == 0 {
 			return flow.ReasonTokenProof, errProof
 		}
 		if !proves(&t.Thumbprint, c.Thumbprints) {
 			return flow.ReasonTokenBinding, errBinding
 		}
-		return flow.ReasonOK, nil
 	}
-	return flow.ReasonTokenProof, errProof
+	if t.proof&cnfKey != 0 {
+		return c.Proof.of(&t.KeyThumbprint, c.raw, v.proofs, now)
+	}
+	return flow.ReasonOK, nil
 }
 
 func proves(bound *[sha256.Size]byte, own [][sha256.Size]byte) bool {

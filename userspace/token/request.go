@@ -8,44 +8,42 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
-// FromRequest returns the bearer token of a request (RFC 6750 section 2.1),
-// aliasing the request's buffer. It refuses with flow.ReasonTokenPlace two
-// Authorization fields or a token in the query, with ReasonTokenMissing a
-// request without a bearer token, with ReasonTokenProof the DPoP scheme, and
+// FromRequest returns the access token of a request (RFC 6750 section 2.1, RFC
+// 9449 section 7.1), aliasing the request's buffer, and whether it came with the
+// scheme DPoP. It refuses with flow.ReasonTokenPlace two Authorization fields or
+// a token in the query, with ReasonTokenMissing a request without a token, and
 // with ReasonTokenMalformed what is not one b64token.
-func FromRequest(r *flow.Request) ([]byte, flow.Reason) {
+func FromRequest(r *flow.Request) (raw []byte, dpop bool, reason flow.Reason) {
 	value, count := r.HeaderValue("Authorization")
 	if count > 1 || inQuery(r.Query) {
-		return nil, flow.ReasonTokenPlace
+		return nil, false, flow.ReasonTokenPlace
 	}
 	if count == 0 {
-		return nil, flow.ReasonTokenMissing
+		return nil, false, flow.ReasonTokenMissing
 	}
 	const scheme = "bearer"
 	end := 0
 	for end < len(value) && value[end] != ' ' && value[end] != '\t' {
 		end++
 	}
-	switch {
-	case equalFold(value[:end], "dpop"):
-		return nil, flow.ReasonTokenProof
-	case !equalFold(value[:end], scheme):
-		return nil, flow.ReasonTokenMissing
+	dpop = equalFold(value[:end], "dpop")
+	if !dpop && !equalFold(value[:end], scheme) {
+		return nil, false, flow.ReasonTokenMissing
 	}
 	for end < len(value) && value[end] == ' ' {
 		end++
 	}
-	raw := value[end:]
+	raw = value[end:]
 	if len(raw) == 0 {
-		return nil, flow.ReasonTokenMissing
+		return nil, dpop, flow.ReasonTokenMissing
 	}
 	if len(raw) > MaxToken {
-		return nil, flow.ReasonTokenTooLarge
+		return nil, dpop, flow.ReasonTokenTooLarge
 	}
 	if !WellFormed(raw) {
-		return nil, flow.ReasonTokenMalformed
+		return nil, dpop, flow.ReasonTokenMalformed
 	}
-	return raw, flow.ReasonOK
+	return raw, dpop, flow.ReasonOK
 }
 
 // WellFormed says whether raw has only bytes that a bearer token may have (RFC

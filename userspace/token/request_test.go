@@ -34,7 +34,7 @@ func TestFromRequest(t *testing.T) {
 		{"scheme only", request("", "Authorization=Bearer"), "", flow.ReasonTokenMissing},
 		{"scheme and space", request("", "Authorization=Bearer "), "", flow.ReasonTokenMissing},
 		{"scheme runs on", request("", "Authorization=Bearera.b.c"), "", flow.ReasonTokenMissing},
-		{"DPoP", request("", "Authorization=DPoP a.b.c"), "", flow.ReasonTokenProof},
+		{"DPoP", request("", "Authorization=DPoP a.b.c"), "a.b.c", flow.ReasonOK},
 		{"a tab", request("", "Authorization=Bearer\ta.b.c"), "", flow.ReasonTokenMalformed},
 		{"two tokens in one field", request("", "Authorization=Bearer a.b.c, Bearer d.e.f"), "", flow.ReasonTokenMalformed},
 		{"a control character", request("", "Authorization=Bearer a.b\x01.c"), "", flow.ReasonTokenMalformed},
@@ -50,7 +50,10 @@ func TestFromRequest(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			raw, reason := FromRequest(test.request)
+			raw, dpop, reason := FromRequest(test.request)
+			if dpop != (test.name == "DPoP") {
+				t.Errorf("DPoP: %t", dpop)
+			}
 			if string(raw) != test.token || reason != test.want {
 				t.Fatalf("got %q, %q", raw, reason)
 			}

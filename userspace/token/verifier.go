@@ -32,7 +32,7 @@ type Binding uint8
 const (
 	BindingNone      Binding = iota
 	BindingMTLS              // RFC 8705: the caller's certificate
-	BindingDPoP              // RFC 9449; nothing here can prove it, so it refuses
+	BindingDPoP              // RFC 9449: a key, by a proof with each request
 	BindingSignature         // RFC 9421; nothing here can prove it, so it refuses
 )
 
@@ -88,6 +88,7 @@ type Verifier struct {
 	cache   cache
 	issuers atomic.Pointer[map[string]*issuer]
 	revoked atomic.Pointer[revocations]
+	proofs  *proofs
 	mu      sync.Mutex // of those who set issuers and keys
 }
 
@@ -113,7 +114,7 @@ func New(opt Options) *Verifier {
 	if opt.Now == nil {
 		opt.Now = time.Now
 	}
-	v := &Verifier{opt: opt, log: opt.Log}
+	v := &Verifier{opt: opt, log: opt.Log, proofs: newProofs()}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -321,7 +322,13 @@ type Check struct {
 	// Thumbprints are the SHA-256 digests of the certificates that prove a
 	// bound token on this connection (flow.Peer.Thumbprints).
 	Thumbprints [][sha256.Size]byte
-	Now         time.Time // zero: the verifier's own clock
+	// DPoP says that the token came with the scheme DPoP, and Proof is what
+	// proves a token that is bound to a key; nil proves nothing.
+	DPoP  bool
+	Proof *Proof
+	Now   time.Time // zero: the verifier's own clock
+
+	raw []byte // the token
 }
 
 // Verify judges a token. It returns the claims and flow.ReasonOK, or nil, why
@@ -344,6 +351,7 @@ func (v *Verifier) Verify(raw []byte, c *Check) (*Claims, flow.Reason, error) {
 		now = v.opt.Now()
 	}
 	keys := i.keys.Load()
+	c.raw = raw
 	sum := sha256.Sum256(raw)
 	claims := v.cache.get(&sum, i, keys)
 	known := claims != nil

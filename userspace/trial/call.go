@@ -58,10 +58,11 @@ type Bearer struct {
 	Audience v1alpha1.Words `json:"audience"`
 	// Scopes make scope.
 	Scopes []string `json:"scopes"`
-	// Bound is whose certificate the token is bound to (RFC 8705); absent:
-	// the caller's where a rule of the policy asks for boundTo: mtls, else
-	// none.
-	Bound string `json:"bound" oneof:"caller|other|none"`
+	// Bound is what the token is bound to: the caller's certificate (RFC 8705)
+	// or a key of which the call brings a proof (RFC 9449), another of the
+	// kind that the policy's rules ask for, or nothing; absent: what a rule of
+	// the policy asks for by boundTo, else none.
+	Bound string `json:"bound" oneof:"caller|key|other|none"`
 	// Age is how long ago it was issued; absent: just now.
 	Age *v1alpha1.Duration `json:"age"`
 	// Lifetime is from its issue to its end; absent: 5 minutes, or the

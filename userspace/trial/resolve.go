@@ -60,6 +60,8 @@ type Resolved struct {
 	issuer      *compile.Issuer
 	audience    []string
 	bound       [][sha256.Size]byte
+	key         [sha256.Size]byte // thumbprint of that which the token is bound to, zero for none
+	provenKey   [sha256.Size]byte // of which the call brings a proof
 	posture     *Posture
 	tuples      map[string][]relation.Tuple
 	now         time.Time
@@ -321,14 +323,19 @@ func (r *resolver) bearer() {
 		}
 	}
 	var audiences []string
-	bound := b.Bound
+	bound, key := b.Bound, false
 	for _, t := range asked {
 		if t.Issuer == out.issuer {
 			audiences = append(audiences, t.Audience)
 		}
-		if t.Bound == compile.BoundMTLS && bound == "" {
+		switch {
+		case bound != "":
+		case t.Bound == compile.BoundMTLS:
 			bound = "caller"
+		case t.Bound == compile.BoundDPoP:
+			bound = "key"
 		}
+		key = key || t.Bound == compile.BoundDPoP
 	}
 	slices.Sort(audiences)
 	audiences = slices.Compact(audiences)
@@ -343,7 +350,13 @@ func (r *resolver) bearer() {
 	switch bound {
 	case "caller":
 		out.bound = out.peer.Thumbprints
+	case "key":
+		out.key, out.provenKey = certificate("the caller's key"), certificate("the caller's key")
 	case "other":
+		if key {
+			out.key, out.provenKey = certificate("somebody else's key"), certificate("the caller's key")
+			break
+		}
 		out.bound = [][sha256.Size]byte{certificate("somebody else")}
 	}
 }
@@ -470,6 +483,7 @@ func (c *Resolved) read(req *flow.Request, headers []string) error {
 		return err
 	}
 	req.Path, req.Query, req.Host = string(head.Path), string(head.Query), string(head.Host)
+	req.Authority, req.ProvenKey = string(head.Authority), c.provenKey
 	req.Headers, req.ContentLength, req.Body, req.Upgrade = head.Fields, head.ContentLength, []byte(c.body), head.Upgrade()
 	if c.GRPC {
 		req.ContentLength = -1 // of which clients say nothing

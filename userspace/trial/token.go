@@ -85,7 +85,7 @@ func newSigner(i *compile.Issuer) (*signer, error) {
 }
 
 // sign makes the token of a call.
-func (s *signer) sign(b *Bearer, caller string, audience []string, bound [][sha256.Size]byte, now time.Time) (string, error) {
+func (s *signer) sign(b *Bearer, caller string, audience []string, bound [][sha256.Size]byte, key [sha256.Size]byte, now time.Time) (string, error) {
 	issued := now.Add(-age(b.Age, 0))
 	lifetime := age(b.Lifetime, min(defaultLifetime, s.issuer.MaxLifetime))
 	claims := jwt.MapClaims{
@@ -102,8 +102,11 @@ func (s *signer) sign(b *Bearer, caller string, audience []string, bound [][sha2
 	if len(b.Scopes) > 0 {
 		claims["scope"] = strings.Join(b.Scopes, " ")
 	}
-	if len(bound) > 0 {
+	switch {
+	case len(bound) > 0:
 		claims["cnf"] = map[string]any{"x5t#S256": base64.RawURLEncoding.EncodeToString(bound[0][:])}
+	case key != [sha256.Size]byte{}:
+		claims["cnf"] = map[string]any{"jkt": base64.RawURLEncoding.EncodeToString(key[:])}
 	}
 	for name, v := range b.Claims {
 		if v == nil {

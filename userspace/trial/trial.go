@@ -15,6 +15,7 @@ package trial
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"maps"
 	"math"
@@ -202,9 +203,13 @@ func (t *Trial) authorize(c *Resolved) ([]string, error) {
 	if err := t.tokens.SetKeys(c.issuer.FullName(), s.jwks, c.now); err != nil {
 		return nil, err
 	}
-	text, err := s.sign(c.token, c.caller(), c.audience, c.bound, c.now)
+	text, err := s.sign(c.token, c.caller(), c.audience, c.bound, c.key, c.now)
 	if err != nil {
 		return nil, err
 	}
-	return slices.Concat(c.headers, []string{"Authorization: Bearer " + text}), nil
+	scheme := "Bearer "
+	if c.key != [sha256.Size]byte{} {
+		scheme = "DPoP "
+	}
+	return slices.Concat(c.headers, []string{"Authorization: " + scheme + text}), nil
 }

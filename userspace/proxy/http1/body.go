@@ -54,7 +54,7 @@ type Body struct {
 	request bool
 	left    int64 // of the content, or of the chunk
 	content int64 // bytes of content so far
-	framing int64 // bytes of chunk framing so far
+	framing int64 // bytes of chunk framing so far, less what each chunk may have
 	digits  uint8
 	span    int // bytes of the extension, or of the trailer section
 	nameLen int
@@ -196,6 +196,9 @@ func (b *Body) step(c byte) error {
 		b.state = chunkData
 		if b.left == 0 {
 			b.state = trailerStart
+		} else {
+			// Who flushes often sends chunks of a few bytes for hours.
+			b.framing = max(0, b.framing-chunkAllowance)
 		}
 	case chunkDataCR:
 		if c != '\r' {

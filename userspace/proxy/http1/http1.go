@@ -29,9 +29,10 @@ const (
 	MaxExtension = 256      // bytes of the extensions of one chunk
 	MaxTrailer   = 8 << 10  // bytes of a trailer section
 	maxStartLine = MaxTarget + MaxMethod + len("  HTTP/1.1\r\n")
-	// maxOverhead is how many bytes of chunk framing may exceed the content
-	// they frame: a flood of one-byte chunks with extensions ends there.
-	maxOverhead = 16 << 10
+	// maxOverhead is how many bytes of chunk framing may exceed the content,
+	// beside chunkAllowance for each chunk, which is what a plain one has.
+	maxOverhead    = 16 << 10
+	chunkAllowance = 16
 )
 
 // Error says why a message is refused. The text names the rule, never what

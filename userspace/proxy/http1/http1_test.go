@@ -503,3 +503,19 @@ func BenchmarkResponse(b *testing.B) {
 		}
 	}
 }
+
+// TestSmallChunks holds that who flushes after each byte may go on for ever,
+// and who sends more framing than that may not.
+func TestSmallChunks(t *testing.T) {
+	for chunk, most := range map[string]int{"1\r\nx\r\n": 1 << 20, "1;" + strings.Repeat("y", 10) + "\r\nx\r\n": 1 << 20, "1;" + strings.Repeat("y", 40) + "\r\nx\r\n": 1000} {
+		b := Body{kind: bodyChunked}
+		var err error
+		n := 0
+		for ; n < 1<<20 && err == nil; n++ {
+			_, err = b.Next([]byte(chunk))
+		}
+		if (n == 1<<20) != (most == 1<<20) && n > most {
+			t.Errorf("%q: %d chunks, %v", chunk, n, err)
+		}
+	}
+}
