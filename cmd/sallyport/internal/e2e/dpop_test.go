@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"maps"
 	"os"
 	"strings"
 	"testing"
@@ -61,9 +62,7 @@ spec: {issuer: "`+issuerURL+`", jwks: {file: "`+n.path("jwks.json")+`"}, algorit
 		t.Helper()
 		k := jwt.NewWithClaims(jwt.SigningMethodES256, claims)
 		k.Header["typ"] = typ
-		for name, v := range header {
-			k.Header[name] = v
-		}
+		maps.Copy(k.Header, header)
 		signed, err := k.SignedString(key)
 		if err != nil {
 			t.Fatal(err)
