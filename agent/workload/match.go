@@ -29,8 +29,9 @@ type Identity struct {
 	// belongs to it.
 	Path string
 	// UID, Binary and Digest narrow: every process of the cgroup must match, and
-	// there must be one. A process that joins later is noticed at the next
-	// scan, so they tell workloads apart but confine none.
+	// there must be one, and none beneath it that is nobody's. A process that joins
+	// later is noticed at the next scan, so they tell workloads apart but
+	// confine none.
 	UID    *uint32
 	Binary string
 	// Digest is the SHA-256 that the content of Binary must have, nil for any.

@@ -23,7 +23,9 @@ type scanned struct {
 	leaf  bool
 	names []string
 	bys   []string
-	netns map[uint64]bool
+	// narrowed says that those who claim it look at its processes.
+	narrowed bool
+	netns    map[uint64]bool
 }
 
 // scan looks at everything once. What it returns to be released is no longer
@@ -38,6 +40,7 @@ func (r *Recogniser) scan() (*Table, []*held) {
 		s.identity(&identities[i])
 	}
 	r.watch.end()
+	s.withhold()
 	s.namespaces(identities)
 	table, release := s.table()
 	table.Of = of
@@ -65,22 +68,50 @@ func (s *scan) identity(i *Identity) {
 	for _, root := range i.roots() {
 		top := path.Join(s.r.opt.Scope, root)
 		s.r.watch.ancestors(s.r.opt.Root, top)
-		err := s.walk(top, func(c *scanned) {
+		var found []*scanned
+		err := s.walk(top, func(c *scanned) { found = append(found, c) })
+		if err != nil {
+			s.problem("%s: look at cgroup %s: %v", i.Name, top, err)
+			if i.narrowed() {
+				continue // what was not looked at would be taken for it: see withhold
+			}
+		}
+		for _, c := range found {
 			if i.narrowed() && !s.matchesAll(i, c.procs) {
-				return
+				continue
 			}
 			c.names = append(c.names, i.Name)
 			c.bys = append(c.bys, i.by())
+			c.narrowed = c.narrowed || i.narrowed()
 			c.Top = c.Top || c.Path == top
-		})
-		if err != nil {
-			s.problem("%s: look at cgroup %s: %v", i.Name, top, err)
 		}
 	}
 }
 
 func (s *scan) matchesAll(i *Identity, procs []int) bool {
 	return len(procs) > 0 && !slices.ContainsFunc(procs, func(pid int) bool { return i.mismatch(pid, s.r.digests) != "" })
+}
+
+// withhold takes the identity from cgroups that would pass it on: to the
+// kernel a cgroup without one is what the nearest above it is, and where
+// processes are looked at, those beneath that did not match would match by
+// that.
+func (s *scan) withhold() {
+	for _, p := range slices.Backward(slices.Sorted(maps.Keys(s.cgroups))) { // what is beneath comes first
+		if c := s.cgroups[p]; len(c.names) > 0 || len(c.procs) == 0 {
+			continue
+		}
+		for up := path.Dir(p); up != "/"; up = path.Dir(up) {
+			c := s.cgroups[up]
+			if c == nil || len(c.names) == 0 {
+				continue
+			}
+			if c.narrowed {
+				c.names, c.bys, c.Top = nil, nil, false
+			}
+			break
+		}
+	}
 }
 
 // walk calls f with the cgroup at p and each one beneath it. One that ends
@@ -242,6 +273,9 @@ func nearest(identities []Identity, scope, p string, procs []int, d *digests) (n
 					if m := id.mismatch(pid, d); m != "" {
 						return id.Name, m
 					}
+				}
+				if id.narrowed() && len(procs) > 0 {
+					return id.Name, "a process in a cgroup beneath it does not match"
 				}
 			}
 			score, text := likeness(relative, root), fmt.Sprintf("cgroup.path: is %q, want %q or beneath it", relative, root)

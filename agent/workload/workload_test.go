@@ -372,6 +372,44 @@ func TestNarrowed(t *testing.T) {
 	}
 }
 
+// TestNobodyBeneath: to the kernel a cgroup without identity is what the one
+// above it is, so one that did not match takes it away from that.
+func TestNobodyBeneath(t *testing.T) {
+	testenv.RequireRoot(t)
+	scope := testenv.NewCgroup(t, nil)
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sleep, err = filepath.EvalSymlinks(sleep); err != nil {
+		t.Fatal(err)
+	}
+	sleeper(t, cgroup(t, scope, "/a"), nil)
+	sleeper(t, cgroup(t, scope, "/a/b/c"), nil)
+	r, until := run(t, scope, Options{Rescan: time.Hour})
+	id := Identity{Name: "a", Path: "/a", Binary: sleep}
+	r.SetIdentities([]Identity{id})
+	until("both", is("/a=a:1 /a/b/c=a:1"))
+	cgroup(t, scope, "/a/d")
+	stranger := exec.Command("tail", "-f", "/dev/null")
+	testenv.Start(t, cgroup(t, scope, "/a/d/e"), nil, stranger)
+	until("a stranger beneath", is("/a/b/c=a:1"))
+	all, _, err := r.Unrecognised()
+	if err != nil || len(all) != 2 || all[0].Nearest != "a" || all[0].Mismatch != "a process in a cgroup beneath it does not match" ||
+		!strings.HasPrefix(all[1].Mismatch, "process.binary: is ") {
+		t.Errorf("without identity: %+v, %v", all, err)
+	}
+	// It is nobody's business once it is somebody.
+	r.SetIdentities([]Identity{id, {Name: "e", Path: "/a/d"}})
+	until("the stranger is somebody", is("/a=a:1 /a/b/c=a:1 /a/d=e:0 /a/d/e=e:1"))
+	r.SetIdentities([]Identity{id})
+	until("the stranger is nobody again", is("/a/b/c=a:1"))
+	if err := stranger.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	until("the stranger is gone", is("/a=a:1 /a/b/c=a:1"))
+}
+
 func TestBounds(t *testing.T) {
 	testenv.RequireRoot(t)
 	scope := testenv.NewCgroup(t, nil)
