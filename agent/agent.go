@@ -25,6 +25,7 @@ import (
 	"github.com/sallyport-dev/sallyport/agent/control"
 	"github.com/sallyport-dev/sallyport/agent/datapath"
 	"github.com/sallyport-dev/sallyport/agent/hosts"
+	"github.com/sallyport-dev/sallyport/agent/introspect"
 	"github.com/sallyport-dev/sallyport/agent/keys"
 	"github.com/sallyport-dev/sallyport/agent/loader"
 	"github.com/sallyport-dev/sallyport/agent/metrics"
@@ -65,19 +66,20 @@ type Agent struct {
 	log     *slog.Logger
 	started time.Time
 
-	health   *metrics.Health
-	metrics  *metrics.Metrics
-	hub      *control.Hub
-	kernel   *loader.Kernel
-	dp       *datapath.Datapath
-	ca       *identity.CA
-	revoked  *revocations.Store
-	keys     *keys.Fetcher
-	appcerts *appcerts.Store
-	hosts    *hosts.Follower // of egress
-	watch    *watch.Watcher
-	finder   *workload.Recogniser
-	super    *supervise.Supervisor
+	health        *metrics.Health
+	metrics       *metrics.Metrics
+	hub           *control.Hub
+	kernel        *loader.Kernel
+	dp            *datapath.Datapath
+	ca            *identity.CA
+	revoked       *revocations.Store
+	keys          *keys.Fetcher
+	appcerts      *appcerts.Store
+	hosts         *hosts.Follower // of egress
+	introspection *introspect.Client
+	watch         *watch.Watcher
+	finder        *workload.Recogniser
+	super         *supervise.Supervisor
 
 	controls *control.Server
 	listener net.Listener // of the control API
@@ -104,14 +106,15 @@ type Agent struct {
 	serving sync.RWMutex
 
 	// mu serialises reconcile, and guards what it works on.
-	mu         sync.Mutex
-	in         inputs
-	applied    *compile.Plan  // what the last reconcile brought into force
-	wanted     datapath.State // what it wanted the kernel to hold
-	namespaces map[uint64]*namespace
-	ambiguous  map[string]bool // health problems raised for ambiguous workloads
-	foreign    map[string]bool // and for others' listeners on protected ports
-	current    context.Context // ends with Run
+	mu           sync.Mutex
+	in           inputs
+	applied      *compile.Plan  // what the last reconcile brought into force
+	wanted       datapath.State // what it wanted the kernel to hold
+	namespaces   map[uint64]*namespace
+	introspected map[string]bool // health problems of issuers that are asked
+	ambiguous    map[string]bool // health problems raised for ambiguous workloads
+	foreign      map[string]bool // and for others' listeners on protected ports
+	current      context.Context // ends with Run
 }
 
 // waits are how long the agent waits for the userspace process.
@@ -233,6 +236,8 @@ func (a *Agent) openOn(ctx context.Context, notices io.Writer) (closers []func()
 	a.keys = keys.New(keys.Options{Deliver: a.deliverKeys, Log: a.log})
 	closers = append(closers, a.keys.Close)
 	a.appcerts = appcerts.New(nil)
+	a.introspection = introspect.New(nil)
+	closers = append(closers, a.introspection.Close)
 	a.hosts = hosts.New(hosts.Options{Changed: func() { a.reconcile(func(*inputs) {}) }})
 	a.finder, err = workload.New(workload.Options{Scope: a.scope, Logger: a.log})
 	if err != nil {

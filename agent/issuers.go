@@ -12,10 +12,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/agent/introspect"
+	"github.com/sallyport-dev/sallyport/agent/metrics"
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/line"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
+	"github.com/sallyport-dev/sallyport/userspace/token"
 )
 
 const (
@@ -99,4 +102,65 @@ func dialTCP(ctx context.Context, address string) (int, error) {
 	var dupErr error
 	err = raw.Control(func(own uintptr) { fd, dupErr = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) })
 	return fd, errors.Join(err, dupErr)
+}
+
+// introspect asks an issuer of the plan about a token. It may take long, so
+// that nothing else waits for it.
+func (s *session) introspect(in *line.Incoming, q *linepb.Introspect) {
+	answer := func(body []byte, err error) {
+		reply := &linepb.IntrospectReply{Answer: body}
+		if err != nil {
+			reply.Error = err.Error()
+		}
+		in.Reply(&linepb.Message{Body: &linepb.Message_IntrospectReply{IntrospectReply: reply}}) //nolint:errcheck // the line has ended
+	}
+	issuer, err := s.a.introspects(q)
+	if err != nil {
+		s.refused(metrics.LineOther, err)
+		answer(nil, err)
+		return
+	}
+	in.Later()
+	go func() {
+		body, err := s.a.introspection.Ask(s.a.current, issuer.IntrospectionURL, issuer.IntrospectionCredentials, q.GetToken())
+		s.a.health.Check("introspection/"+issuer.FullName(), metrics.Degraded, err, "does the issuer answer, and are the credentials of its TokenIssuer right?")
+		answer(body, err)
+	}()
+}
+
+// introspects returns the issuer that userspace wants to ask about a token.
+func (a *Agent) introspects(q *linepb.Introspect) (*compile.Issuer, error) {
+	v := a.view.Load()
+	if v == nil {
+		return nil, refuse(flow.ReasonNotReady, "no policies are in force yet")
+	}
+	if n := len(q.GetToken()); n == 0 || n > token.MaxToken {
+		return nil, refuse(flow.ReasonLineRefused, "introspect: a token of %d bytes", n)
+	}
+	for _, i := range v.plan.Issuers() {
+		if i.FullName() == q.GetIssuer() && i.IntrospectionURL != "" {
+			return i, nil
+		}
+	}
+	return nil, refuse(flow.ReasonLineRefused, "introspect: %q is no issuer that is asked about tokens", q.GetIssuer())
+}
+
+// checkIntrospection says what is wrong with credentials before they are
+// needed.
+func (a *Agent) checkIntrospection(issuers []*compile.Issuer) {
+	before := a.introspected
+	a.introspected = map[string]bool{}
+	for _, i := range issuers {
+		if i.IntrospectionURL == "" {
+			continue
+		}
+		id := "introspection/" + i.FullName()
+		a.introspected[id] = true
+		a.health.Check(id, metrics.Degraded, introspect.Check(i.IntrospectionCredentials), "see introspection.credentials of its TokenIssuer")
+	}
+	for id := range before {
+		if !a.introspected[id] {
+			a.health.Clear(id)
+		}
+	}
 }

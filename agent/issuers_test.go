@@ -3,14 +3,20 @@
 package agent
 
 import (
+	"crypto/x509"
 	"fmt"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sallyport-dev/sallyport/agent/introspect"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
 )
@@ -49,6 +55,57 @@ func (h *hostile) dialIssuer(id, issuer string) (flow.Reason, string, int) {
 		h.g.t.Fatalf("%d descriptors", len(fds))
 	}
 	return flow.ReasonOK, "", fds[0]
+}
+
+// An issuer is asked about a token only where the plan says so, with what the
+// agent alone knows.
+func TestIntrospectionIsHeldAgainstThePlan(t *testing.T) {
+	g := newGround(t)
+	h := g.connect(nil).ready()
+	credentials := filepath.Join(t.TempDir(), "credentials")
+	must(t, os.WriteFile(credentials, []byte("id:secret\n"), 0o600))
+	asked := make(chan string, 1)
+	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, secret, _ := r.BasicAuth()
+		asked <- id + ":" + secret + " " + r.PostFormValue("token")
+		w.Header().Set("Content-Type", "application/json")
+		w.Write([]byte(`{"active":false}`)) //nolint:errcheck // the agent has gone
+	}))
+	defer s.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(s.Certificate())
+	g.introspection = introspect.New(roots)
+	defer g.introspection.Close()
+	g.policy(obtaining(1) + `
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: TokenIssuer
+metadata: {name: opaque, namespace: t}
+spec: {issuer: "https://opaque.test", introspection: {url: "` + s.URL + `/introspect", credentials: "` + credentials + `"}}
+`)
+	ask := func(issuer, token string) (string, string) {
+		t.Helper()
+		m, _ := h.ask(&linepb.Message{Body: &linepb.Message_Introspect{Introspect: &linepb.Introspect{Issuer: issuer, Token: token}}})
+		return string(m.GetIntrospectReply().GetAnswer()), m.GetIntrospectReply().GetError()
+	}
+	for _, c := range []struct{ name, issuer, token, why string }{
+		{"an issuer of signed tokens", "t/sso", "x", "no issuer that is asked"}, {"none", "", "x", "no issuer that is asked"}, {"a URL", s.URL, "x", "no issuer that is asked"},
+		{"no token", "t/opaque", "", "a token of 0 bytes"}, {"a long token", "t/opaque", strings.Repeat("x", 17<<10), "a token of 17408 bytes"},
+	} {
+		if body, why := ask(c.issuer, c.token); body != "" || !strings.Contains(why, c.why) {
+			t.Errorf("%s: %q %q", c.name, body, why)
+		}
+	}
+	if body, why := ask("t/opaque", "x&y"); body != `{"active":false}` || why != "" {
+		t.Errorf("%q %q", body, why)
+	}
+	if got := <-asked; got != "id:secret x&y" {
+		t.Errorf("the issuer was asked %q", got)
+	}
+	s.Close()
+	if body, why := ask("t/opaque", "x"); body != "" || why == "" || strings.Contains(why, "secret") {
+		t.Errorf("with nobody there: %q %q", body, why)
+	}
 }
 
 // A connection to an issuer is made only for an identity that obtains tokens

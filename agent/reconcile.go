@@ -226,8 +226,12 @@ func (a *Agent) followIssuers(plan *compile.Plan) {
 	issuers := plan.Issuers()
 	sources := make([]keys.Source, 0, len(issuers))
 	for _, i := range issuers {
+		if !i.HasKeys() {
+			continue // it is asked about each token
+		}
 		sources = append(sources, keys.Source{Issuer: i.FullName(), URL: i.JWKSURL, File: i.JWKSFile, Document: i.JWKS})
 	}
+	a.checkIntrospection(issuers)
 	a.health.Check("key-sources", metrics.Degraded, a.keys.SetSources(sources), "see the TokenIssuer documents")
 }
 

@@ -100,6 +100,16 @@ func (p *process) dialIssuer(ctx context.Context, id, issuer string) (net.Conn, 
 	return net.FileConn(f)
 }
 
+// introspect has the agent ask an issuer about a token.
+func (p *process) introspect(ctx context.Context, issuer, token string) ([]byte, error) {
+	m, fds, err := p.conn.Call(ctx, &linepb.Message{Body: &linepb.Message_Introspect{Introspect: &linepb.Introspect{Issuer: issuer, Token: token}}})
+	closeAll(fds)
+	if err == nil && m.GetIntrospectReply().GetError() != "" {
+		err = errors.New(m.GetIntrospectReply().GetError())
+	}
+	return m.GetIntrospectReply().GetAnswer(), err
+}
+
 // sign asks the agent for a leaf; it holds the request against what this node
 // may issue and against the workloads that it knows.
 func (p *process) sign(ctx context.Context, id string, csr []byte) ([][]byte, error) {

@@ -57,6 +57,7 @@ func (c *compiler) compileIssuers() {
 			byURL[named{i.Namespace, i.URL}] = i
 		}
 		c.claims(i, d)
+		c.introspection(i, d)
 		c.jwks(i, d)
 		c.tokenURL(i, d)
 		c.issuers[i.FullName()] = i
@@ -128,8 +129,35 @@ func (c *compiler) distinct(d *load.Document, field string, list []string, at ..
 	}
 }
 
+// introspection reads where opaque tokens are asked about.
+func (c *compiler) introspection(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
+	spec := d.Value.Spec.Introspection
+	if spec == nil {
+		return
+	}
+	i.IntrospectionURL, i.IntrospectionCredentials = spec.URL, spec.Credentials
+	for _, f := range [...]string{"url", "credentials"} {
+		c.empty(&d.Document, f, "spec", "introspection", f)
+	}
+	u, err := url.Parse(spec.URL)
+	if spec.URL != "" && (err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.Fragment != "" || len(spec.URL) > 2048) {
+		c.report.Errorf(d.At("spec", "introspection", "url"), "url: is not an https:// URL without user and fragment")
+	}
+	if p := spec.Credentials; p != "" && (!path.IsAbs(p) || path.Clean(p) != p) {
+		c.report.Errorf(d.At("spec", "introspection", "credentials"), "credentials: %q is not a clean absolute path", p)
+	}
+}
+
 func (c *compiler) jwks(i *Issuer, d *load.Doc[v1alpha1.TokenIssuer]) {
 	j := &d.Value.Spec.JWKS
+	_, keys := d.Lookup("spec", "jwks")
+	_, algorithms := d.Lookup("spec", "algorithms")
+	switch _, asks := d.Lookup("spec", "introspection"); {
+	case keys && !algorithms:
+		c.report.Errorf(d.Key("spec"), "algorithms is missing")
+	case !keys && !asks:
+		c.report.Errorf(d.Key("spec"), "jwks is missing: say where the issuer's keys are, or by introspection where tokens are asked about")
+	}
 	written := 0
 	for _, f := range [...]string{"url", "file", "keys"} {
 		if _, ok := d.Lookup("spec", "jwks", f); ok {

@@ -159,8 +159,8 @@ type Egress struct {
 	Verify bool
 }
 
-// Issuer is a compiled TokenIssuer. Exactly one of JWKSURL, JWKSFile and
-// JWKS is set.
+// Issuer is a compiled TokenIssuer. One of JWKSURL, JWKSFile and JWKS is set,
+// or none where there is an IntrospectionURL.
 type Issuer struct {
 	Namespace, Name string
 	URL             string // exact value of iss
@@ -173,7 +173,10 @@ type Issuer struct {
 	Types           []string // accepted typ values, at+jwt or JWT
 	Claims          []Claim  // that each token must have, by name
 	TokenURL        string   // https, "" where no tokens are obtained of it
-	Position        load.Position
+	// IntrospectionURL is where opaque tokens are asked about, "" for nowhere,
+	// with what the file IntrospectionCredentials holds.
+	IntrospectionURL, IntrospectionCredentials string
+	Position                                   load.Position
 }
 
 // Claim is a claim that a token must have, with one of the values.
@@ -181,6 +184,9 @@ type Claim struct {
 	Name   string
 	Values []string
 }
+
+// HasKeys says whether it signs tokens by keys that are known.
+func (i *Issuer) HasKeys() bool { return i.JWKSURL != "" || i.JWKSFile != "" || i.JWKS != nil }
 
 // FullName returns NAMESPACE/NAME.
 func (i *Issuer) FullName() string { return i.Namespace + "/" + i.Name }

@@ -77,6 +77,7 @@ func (c *compiler) compileTenancy(t *Tenancy) {
 			c.tenantMayNot(&d.Document, "file: a tenant has no files on the node; give url or keys", "spec", "jwks", "file")
 			c.tenantURL(t, &d.Document, "url", "spec", "jwks", "url")
 			c.tenantURL(t, &d.Document, "url", "spec", "introspection", "url")
+			c.tenantMayNot(&d.Document, "credentials: a tenant has no files on the node, and so no introspection", "spec", "introspection", "credentials")
 			c.tenantURL(t, &d.Document, "tokenURL", "spec", "tokenURL")
 		}
 	}

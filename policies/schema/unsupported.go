@@ -11,7 +11,6 @@ import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 var unsupported = map[string]bool{
 	"Selector.all": true,
 
-	"TokenIssuerSpec.introspection":    true,
 	"RelationModelSpec.address":        true,
 	"RelationModelSpec.engine=openfga": true,
 	"RelationModelSpec.engine=spicedb": true,

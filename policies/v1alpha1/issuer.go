@@ -6,11 +6,12 @@ package v1alpha1
 type TokenIssuerSpec struct {
 	// Issuer is the exact value of a token's iss.
 	Issuer string `json:"issuer" required:"true"`
-	// JWKS says where its keys are.
-	JWKS JWKS `json:"jwks" required:"true"`
+	// JWKS says where its keys are. It may be absent where there is
+	// introspection: then the issuer is asked about every token.
+	JWKS JWKS `json:"jwks"`
 	// Algorithms are the signature algorithms (RFC 7518, RFC 8037) that are
-	// accepted; never none, never a MAC.
-	Algorithms []string `json:"algorithms" required:"true" oneof:"ES256|ES384|ES512|RS256|RS384|RS512|PS256|PS384|PS512|EdDSA"`
+	// accepted; never none, never a MAC. Required with jwks.
+	Algorithms []string `json:"algorithms" oneof:"ES256|ES384|ES512|RS256|RS384|RS512|PS256|PS384|PS512|EdDSA"`
 	// Audiences, where given, are the only ones that a rule may ask for.
 	Audiences []string `json:"audiences"`
 	// MaxLifetime is the longest that a token may live; 15 minutes if absent,
@@ -22,7 +23,8 @@ type TokenIssuerSpec struct {
 	// Claims are claims that each of its tokens must have, with one of the
 	// values that are listed; a text stands for a list of one.
 	Claims map[string]Words `json:"claims"`
-	// Introspection says where opaque tokens are asked about (RFC 7662).
+	// Introspection says where tokens that are no JWTs are asked about (RFC
+	// 7662).
 	Introspection *Introspection `json:"introspection"`
 	// TokenURL is its token endpoint (RFC 6749 section 3.2), for the tokens
 	// that MachineIdentities obtain; https only.
@@ -33,6 +35,10 @@ type TokenIssuerSpec struct {
 type Introspection struct {
 	// URL is https only.
 	URL string `json:"url" required:"true"`
+	// Credentials is the absolute path of a file that the agent reads, with one
+	// line: CLIENT_ID:CLIENT_SECRET (RFC 6749 section 2.3.1), or Bearer and a
+	// token (RFC 6750). Others must not be able to read it.
+	Credentials string `json:"credentials" required:"true"`
 }
 
 // JWKS says where a key set is: exactly one of the fields.

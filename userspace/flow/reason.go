@@ -106,6 +106,7 @@ const (
 	ReasonProofStale       Reason = "dpop_stale"        // iat
 	ReasonProofReplayed    Reason = "dpop_replayed"     // jti
 	ReasonTokenUnbound     Reason = "token_unbound"     // the rule asks for a bound token
+	ReasonTokenInactive    Reason = "token_inactive"    // the issuer says so (RFC 7662)
 	ReasonTokenRevoked     Reason = "token_revoked"     // jti, subject or issuer revoked
 	ReasonTokenKeysStale   Reason = "token_keys_stale"  // the issuer's keys are older than the hard limit
 	ReasonTokenUnavailable Reason = "token_unavailable" // the issuer's keys were never had
@@ -167,7 +168,7 @@ func (r Reason) Status() int {
 	case ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenAlgorithm,
 		ReasonTokenHeader, ReasonTokenType, ReasonTokenIssuer, ReasonTokenAudience, ReasonTokenKey,
 		ReasonTokenSignature, ReasonTokenExpired, ReasonTokenNotYet, ReasonTokenLifetime, ReasonTokenClaims,
-		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonStepUp,
+		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonTokenInactive, ReasonStepUp,
 		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed:
 		return 401
 	case ReasonTimeout:

@@ -19,6 +19,7 @@ func Issuers(plan *compile.Plan) []token.Issuer {
 		issuers = append(issuers, token.Issuer{
 			Name: i.FullName(), URL: i.URL, Algorithms: i.Algorithms, Audiences: i.Audiences,
 			Types: i.Types, MaxLifetime: i.MaxLifetime, Require: require,
+			Introspect: i.IntrospectionURL != "", NoKeys: !i.HasKeys(),
 		})
 	}
 	return issuers

@@ -3,6 +3,7 @@
 package pipeline
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"time"
@@ -185,6 +186,9 @@ func (r *run) token(rule *compile.Rule) finding {
 	if err != nil && errors.Is(err, token.ErrKeysPending) {
 		claims, reason, err = r.verifyLater()
 	}
+	if err != nil && errors.Is(err, token.ErrAnswerPending) {
+		claims, reason, err = r.introspect()
+	}
 	if reason == flow.ReasonOK && r.p.blocked.Load().has(identity.RevokeJTI, claims.TokenKey, r.now) {
 		reason, err = flow.ReasonTokenRevoked, nil
 	}
@@ -212,6 +216,19 @@ func (r *run) verifyLater() (claims *token.Claims, reason flow.Reason, err error
 		ctx, cancel := context.WithTimeout(context.Background(), maxWait)
 		defer cancel()
 		err = r.p.opt.Tokens.Await(ctx, issuer)
+	})
+	r.now = r.p.opt.Now()
+	r.check.Now = r.now
+	return r.p.opt.Tokens.Verify(r.raw, &r.check)
+}
+
+// introspect has the issuer asked about an opaque token, and judges that.
+func (r *run) introspect() (claims *token.Claims, reason flow.Reason, err error) {
+	raw, caller := bytes.Clone(r.raw), r.req.Peer.ID
+	r.env.Task.Block(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), maxWait)
+		defer cancel()
+		r.p.opt.Tokens.Introspect(ctx, raw, caller, &r.check)
 	})
 	r.now = r.p.opt.Now()
 	r.check.Now = r.now

@@ -111,7 +111,7 @@ func replaceable(old, e *entry) int {
 		return 3
 	case old.sum == e.sum:
 		return 4
-	case old.issuer.keys.Load() != old.keys:
+	case old.issuer.keys.Load() != old.keys && old.keys != &old.issuer.questions.marker:
 		return 2
 	case !old.used.Load():
 		return 1

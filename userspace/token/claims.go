@@ -55,6 +55,9 @@ type Claims struct {
 
 	kind  string // typ, lower case, without "application/"
 	proof cnf
+
+	opaque bool      // what the issuer answered of an opaque token
+	until  time.Time // that answer counts that long
 }
 
 // cnf is what a token's cnf claim asks to be proven (RFC 7800): all of it.

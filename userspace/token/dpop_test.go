@@ -104,7 +104,10 @@ func TestDPoP(t *testing.T) {
 			r.Headers[0].Value = claim("htu", "http://pay.example:8080/v1/p%C3%A4y")
 		}), flow.ReasonOK},
 		{"htu without path", changed(func(r *flow.Request) { r.Path = "/"; r.Headers[0].Value = claim("htu", "http://pay.example:8080") }), flow.ReasonOK},
-		{"https", changed(func(r *flow.Request) { r.TLS = true; r.Headers[0].Value = claim("htu", "https://pay.example:8080/v1/pay") }), flow.ReasonOK},
+		{"https", changed(func(r *flow.Request) {
+			r.TLS = true
+			r.Headers[0].Value = claim("htu", "https://pay.example:8080/v1/pay")
+		}), flow.ReasonOK},
 		{"https without port", changed(func(r *flow.Request) {
 			r.TLS, r.Authority = true, "pay.example"
 			r.Headers[0].Value = claim("htu", "https://pay.example:443/v1/pay")

@@ -15,10 +15,10 @@ import (
 // judge holds authentic claims against the rule, the connection and the
 // time: the part that runs on every request, cached or not.
 func (v *Verifier) judge(t *Claims, i *issuer, keys *keySet, c *Check, now time.Time) (flow.Reason, error) {
-	if stale(keys, now) {
+	if !t.opaque && stale(keys, now) {
 		return flow.ReasonTokenKeysStale, v.refresh(i, errKeysStale)
 	}
-	if !slices.Contains(i.Types, t.kind) {
+	if !t.opaque && !slices.Contains(i.Types, t.kind) {
 		return flow.ReasonTokenType, errType
 	}
 	for n := range i.Require {

@@ -3,6 +3,7 @@
 package token
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -52,6 +53,9 @@ type Issuer struct {
 	Require []Requirement
 	// RequireBinding refuses this issuer's unbound tokens whatever the rule says.
 	RequireBinding bool
+	// Introspect says that the issuer is asked about tokens that are no JWTs
+	// (RFC 7662), NoKeys that it is asked about all.
+	Introspect, NoKeys bool
 }
 
 // Requirement is a claim that must be there with one of some values: a string
@@ -70,6 +74,9 @@ type Options struct {
 	// Refresh asks for an issuer's keys, by the TokenIssuer's name. It must
 	// not block. It is called at most once per issuer and RefreshInterval.
 	Refresh func(issuer string)
+	// Introspect asks an issuer, by the TokenIssuer's name, about a token, and
+	// returns its answer (RFC 7662 section 2.2). Nil: none can be asked.
+	Introspect func(ctx context.Context, issuer, token string) ([]byte, error)
 	// CacheEntries and CacheBytes bound the cache; 0: 32768 and 64 MiB.
 	CacheEntries int
 	CacheBytes   int64
@@ -100,6 +107,7 @@ type issuer struct {
 	keys      atomic.Pointer[keySet]
 	problem   atomic.Pointer[string] // why there is no newer key set, nil if there is none
 	refreshes atomic.Uint64
+	questions questions
 
 	mu      sync.Mutex
 	asked   time.Time     // when keys were last asked for
@@ -193,6 +201,7 @@ func newIssuer(cfg Issuer, old *issuer) (*issuer, error) {
 		cfg.Types = []string{"at+jwt"}
 	}
 	i := &issuer{Issuer: cfg}
+	i.questions.asking, i.questions.refused, i.questions.askers = map[[sha256.Size]byte]*question{}, map[[sha256.Size]byte]refusal{}, map[string]*asker{}
 	for _, name := range cfg.Algorithms {
 		a := algorithms[name]
 		if a == nil {
@@ -223,7 +232,7 @@ func newIssuer(cfg Issuer, old *issuer) (*issuer, error) {
 
 func (i *issuer) same(b *Issuer) bool {
 	a := &i.Issuer
-	if a.MaxLifetime != b.MaxLifetime || a.RequireBinding != b.RequireBinding || !slices.EqualFunc(a.Require, b.Require, Requirement.same) {
+	if a.MaxLifetime != b.MaxLifetime || a.RequireBinding != b.RequireBinding || a.Introspect != b.Introspect || a.NoKeys != b.NoKeys || !slices.EqualFunc(a.Require, b.Require, Requirement.same) {
 		return false
 	}
 	equal := func(x, y []string) bool { return strings.Join(x, "\x00") == strings.Join(y, "\x00") }
@@ -328,7 +337,9 @@ type Check struct {
 	Proof *Proof
 	Now   time.Time // zero: the verifier's own clock
 
-	raw []byte // the token
+	raw     []byte  // the token
+	given   *Claims // what Introspect was answered
+	refused error   // why it could not ask
 }
 
 // Verify judges a token. It returns the claims and flow.ReasonOK, or nil, why
@@ -353,8 +364,23 @@ func (v *Verifier) Verify(raw []byte, c *Check) (*Claims, flow.Reason, error) {
 	keys := i.keys.Load()
 	c.raw = raw
 	sum := sha256.Sum256(raw)
+	opaque := i.opaque(raw)
+	if opaque {
+		keys = &i.questions.marker
+	}
 	claims := v.cache.get(&sum, i, keys)
 	known := claims != nil
+	switch {
+	case !opaque:
+	case known && now.Before(claims.until):
+	case c.given != nil:
+		claims, known = c.given, true
+	case c.refused != nil:
+		return nil, flow.ReasonTokenUnavailable, c.refused
+	default:
+		reason, err := i.questions.refusal(&sum, now)
+		return nil, reason, err
+	}
 	if !known {
 		var reason flow.Reason
 		var err error

@@ -39,11 +39,15 @@ type signer struct {
 
 // newSigner makes a key for the first of the issuer's algorithms.
 func newSigner(i *compile.Issuer) (*signer, error) {
-	s := &signer{issuer: i, method: jwt.GetSigningMethod(i.Algorithms[0])}
+	algorithm := "ES256" // where the issuer signs nothing
+	if len(i.Algorithms) > 0 {
+		algorithm = i.Algorithms[0]
+	}
+	s := &signer{issuer: i, method: jwt.GetSigningMethod(algorithm)}
 	var err error
-	jwk := map[string]any{"kid": keyID, "use": "sig", "alg": i.Algorithms[0]}
+	jwk := map[string]any{"kid": keyID, "use": "sig", "alg": algorithm}
 	encode := base64.RawURLEncoding.EncodeToString
-	switch name := i.Algorithms[0]; {
+	switch name := algorithm; {
 	case s.method == nil:
 		return nil, fmt.Errorf("algorithm %s cannot be signed with", name)
 	case name == "EdDSA":

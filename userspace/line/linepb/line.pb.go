@@ -170,6 +170,7 @@ type Message struct {
 	//	*Message_Revoke
 	//	*Message_AppSign
 	//	*Message_DialIssuer
+	//	*Message_Introspect
 	//	*Message_PoliciesReply
 	//	*Message_RelationReply
 	//	*Message_StatusReply
@@ -178,6 +179,7 @@ type Message struct {
 	//	*Message_VerdictReply
 	//	*Message_ExplainReply
 	//	*Message_AppSignReply
+	//	*Message_IntrospectReply
 	Body          isMessage_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -471,6 +473,15 @@ func (x *Message) GetDialIssuer() *DialIssuer {
 	return nil
 }
 
+func (x *Message) GetIntrospect() *Introspect {
+	if x != nil {
+		if x, ok := x.Body.(*Message_Introspect); ok {
+			return x.Introspect
+		}
+	}
+	return nil
+}
+
 func (x *Message) GetPoliciesReply() *PoliciesReply {
 	if x != nil {
 		if x, ok := x.Body.(*Message_PoliciesReply); ok {
@@ -538,6 +549,15 @@ func (x *Message) GetAppSignReply() *AppSignReply {
 	if x != nil {
 		if x, ok := x.Body.(*Message_AppSignReply); ok {
 			return x.AppSignReply
+		}
+	}
+	return nil
+}
+
+func (x *Message) GetIntrospectReply() *IntrospectReply {
+	if x != nil {
+		if x, ok := x.Body.(*Message_IntrospectReply); ok {
+			return x.IntrospectReply
 		}
 	}
 	return nil
@@ -645,6 +665,10 @@ type Message_DialIssuer struct {
 	DialIssuer *DialIssuer `protobuf:"bytes,48,opt,name=dial_issuer,json=dialIssuer,proto3,oneof"` // request; answered by a DialReply
 }
 
+type Message_Introspect struct {
+	Introspect *Introspect `protobuf:"bytes,49,opt,name=introspect,proto3,oneof"` // request
+}
+
 type Message_PoliciesReply struct {
 	// replies
 	PoliciesReply *PoliciesReply `protobuf:"bytes,60,opt,name=policies_reply,json=policiesReply,proto3,oneof"`
@@ -676,6 +700,10 @@ type Message_ExplainReply struct {
 
 type Message_AppSignReply struct {
 	AppSignReply *AppSignReply `protobuf:"bytes,67,opt,name=app_sign_reply,json=appSignReply,proto3,oneof"`
+}
+
+type Message_IntrospectReply struct {
+	IntrospectReply *IntrospectReply `protobuf:"bytes,68,opt,name=introspect_reply,json=introspectReply,proto3,oneof"`
 }
 
 func (*Message_Start) isMessage_Body() {}
@@ -726,6 +754,8 @@ func (*Message_AppSign) isMessage_Body() {}
 
 func (*Message_DialIssuer) isMessage_Body() {}
 
+func (*Message_Introspect) isMessage_Body() {}
+
 func (*Message_PoliciesReply) isMessage_Body() {}
 
 func (*Message_RelationReply) isMessage_Body() {}
@@ -741,6 +771,8 @@ func (*Message_VerdictReply) isMessage_Body() {}
 func (*Message_ExplainReply) isMessage_Body() {}
 
 func (*Message_AppSignReply) isMessage_Body() {}
+
+func (*Message_IntrospectReply) isMessage_Body() {}
 
 // Start is the first message of all.
 type Start struct {
@@ -2610,6 +2642,112 @@ func (x *DialIssuer) GetIssuer() string {
 	return ""
 }
 
+// Introspect asks an issuer about a token (RFC 7662), with credentials that
+// the agent has.
+type Introspect struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Issuer        string                 `protobuf:"bytes,1,opt,name=issuer,proto3" json:"issuer,omitempty"` // namespace/name of the TokenIssuer
+	Token         string                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`   // at most 16 KiB
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Introspect) Reset() {
+	*x = Introspect{}
+	mi := &file_linepb_line_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Introspect) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Introspect) ProtoMessage() {}
+
+func (x *Introspect) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Introspect.ProtoReflect.Descriptor instead.
+func (*Introspect) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Introspect) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *Introspect) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type IntrospectReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Answer        []byte                 `protobuf:"bytes,2,opt,name=answer,proto3" json:"answer,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IntrospectReply) Reset() {
+	*x = IntrospectReply{}
+	mi := &file_linepb_line_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IntrospectReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IntrospectReply) ProtoMessage() {}
+
+func (x *IntrospectReply) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IntrospectReply.ProtoReflect.Descriptor instead.
+func (*IntrospectReply) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *IntrospectReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *IntrospectReply) GetAnswer() []byte {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
+}
+
 type DialReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
@@ -2620,7 +2758,7 @@ type DialReply struct {
 
 func (x *DialReply) Reset() {
 	*x = DialReply{}
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2632,7 +2770,7 @@ func (x *DialReply) String() string {
 func (*DialReply) ProtoMessage() {}
 
 func (x *DialReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2645,7 +2783,7 @@ func (x *DialReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialReply.ProtoReflect.Descriptor instead.
 func (*DialReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{34}
+	return file_linepb_line_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DialReply) GetError() string {
@@ -2673,7 +2811,7 @@ type Sign struct {
 
 func (x *Sign) Reset() {
 	*x = Sign{}
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2685,7 +2823,7 @@ func (x *Sign) String() string {
 func (*Sign) ProtoMessage() {}
 
 func (x *Sign) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2698,7 +2836,7 @@ func (x *Sign) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sign.ProtoReflect.Descriptor instead.
 func (*Sign) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{35}
+	return file_linepb_line_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Sign) GetId() string {
@@ -2725,7 +2863,7 @@ type SignReply struct {
 
 func (x *SignReply) Reset() {
 	*x = SignReply{}
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2737,7 +2875,7 @@ func (x *SignReply) String() string {
 func (*SignReply) ProtoMessage() {}
 
 func (x *SignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2750,7 +2888,7 @@ func (x *SignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignReply.ProtoReflect.Descriptor instead.
 func (*SignReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{36}
+	return file_linepb_line_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SignReply) GetError() string {
@@ -2784,7 +2922,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_linepb_line_proto_msgTypes[37]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2796,7 +2934,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[37]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2809,7 +2947,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{37}
+	return file_linepb_line_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Verdict) GetSourceIdentity() uint32 {
@@ -2870,7 +3008,7 @@ type VerdictReply struct {
 
 func (x *VerdictReply) Reset() {
 	*x = VerdictReply{}
-	mi := &file_linepb_line_proto_msgTypes[38]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2882,7 +3020,7 @@ func (x *VerdictReply) String() string {
 func (*VerdictReply) ProtoMessage() {}
 
 func (x *VerdictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[38]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2895,7 +3033,7 @@ func (x *VerdictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerdictReply.ProtoReflect.Descriptor instead.
 func (*VerdictReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{38}
+	return file_linepb_line_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VerdictReply) GetError() string {
@@ -2917,7 +3055,7 @@ type Decisions struct {
 
 func (x *Decisions) Reset() {
 	*x = Decisions{}
-	mi := &file_linepb_line_proto_msgTypes[39]
+	mi := &file_linepb_line_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2929,7 +3067,7 @@ func (x *Decisions) String() string {
 func (*Decisions) ProtoMessage() {}
 
 func (x *Decisions) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[39]
+	mi := &file_linepb_line_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2942,7 +3080,7 @@ func (x *Decisions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decisions.ProtoReflect.Descriptor instead.
 func (*Decisions) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{39}
+	return file_linepb_line_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Decisions) GetRecords() [][]byte {
@@ -2969,7 +3107,7 @@ type RefreshKeys struct {
 
 func (x *RefreshKeys) Reset() {
 	*x = RefreshKeys{}
-	mi := &file_linepb_line_proto_msgTypes[40]
+	mi := &file_linepb_line_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +3119,7 @@ func (x *RefreshKeys) String() string {
 func (*RefreshKeys) ProtoMessage() {}
 
 func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[40]
+	mi := &file_linepb_line_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +3132,7 @@ func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RefreshKeys.ProtoReflect.Descriptor instead.
 func (*RefreshKeys) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{40}
+	return file_linepb_line_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RefreshKeys) GetIssuer() string {
@@ -3018,7 +3156,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_linepb_line_proto_msgTypes[41]
+	mi := &file_linepb_line_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3030,7 +3168,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[41]
+	mi := &file_linepb_line_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3043,7 +3181,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{41}
+	return file_linepb_line_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Revoke) GetKind() string {
@@ -3078,7 +3216,7 @@ var File_linepb_line_proto protoreflect.FileDescriptor
 
 const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
-	"\x11linepb/line.proto\x12\x0esallyport.line\"\xdf\x0f\n" +
+	"\x11linepb/line.proto\x12\x0esallyport.line\"\xeb\x10\n" +
 	"\aMessage\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x14\n" +
@@ -3112,7 +3250,10 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\x06revoke\x18. \x01(\v2\x16.sallyport.line.RevokeH\x00R\x06revoke\x124\n" +
 	"\bapp_sign\x18/ \x01(\v2\x17.sallyport.line.AppSignH\x00R\aappSign\x12=\n" +
 	"\vdial_issuer\x180 \x01(\v2\x1a.sallyport.line.DialIssuerH\x00R\n" +
-	"dialIssuer\x12F\n" +
+	"dialIssuer\x12<\n" +
+	"\n" +
+	"introspect\x181 \x01(\v2\x1a.sallyport.line.IntrospectH\x00R\n" +
+	"introspect\x12F\n" +
 	"\x0epolicies_reply\x18< \x01(\v2\x1d.sallyport.line.PoliciesReplyH\x00R\rpoliciesReply\x12F\n" +
 	"\x0erelation_reply\x18= \x01(\v2\x1d.sallyport.line.RelationReplyH\x00R\rrelationReply\x12@\n" +
 	"\fstatus_reply\x18> \x01(\v2\x1b.sallyport.line.StatusReplyH\x00R\vstatusReply\x12:\n" +
@@ -3122,7 +3263,8 @@ const file_linepb_line_proto_rawDesc = "" +
 	"sign_reply\x18@ \x01(\v2\x19.sallyport.line.SignReplyH\x00R\tsignReply\x12C\n" +
 	"\rverdict_reply\x18A \x01(\v2\x1c.sallyport.line.VerdictReplyH\x00R\fverdictReply\x12C\n" +
 	"\rexplain_reply\x18B \x01(\v2\x1c.sallyport.line.ExplainReplyH\x00R\fexplainReply\x12D\n" +
-	"\x0eapp_sign_reply\x18C \x01(\v2\x1c.sallyport.line.AppSignReplyH\x00R\fappSignReplyB\x06\n" +
+	"\x0eapp_sign_reply\x18C \x01(\v2\x1c.sallyport.line.AppSignReplyH\x00R\fappSignReply\x12L\n" +
+	"\x10introspect_reply\x18D \x01(\v2\x1f.sallyport.line.IntrospectReplyH\x00R\x0fintrospectReplyB\x06\n" +
 	"\x04body\"\x8d\x02\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12!\n" +
@@ -3257,7 +3399,14 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
 	"DialIssuer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06issuer\x18\x02 \x01(\tR\x06issuer\"9\n" +
+	"\x06issuer\x18\x02 \x01(\tR\x06issuer\":\n" +
+	"\n" +
+	"Introspect\x12\x16\n" +
+	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\"?\n" +
+	"\x0fIntrospectReply\x12\x14\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\x12\x16\n" +
+	"\x06answer\x18\x02 \x01(\fR\x06answer\"9\n" +
 	"\tDialReply\x12\x14\n" +
 	"\x05error\x18\x01 \x01(\tR\x05error\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"(\n" +
@@ -3312,7 +3461,7 @@ func file_linepb_line_proto_rawDescGZIP() []byte {
 }
 
 var file_linepb_line_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_linepb_line_proto_goTypes = []any{
 	(ListenerKind)(0),       // 0: sallyport.line.ListenerKind
 	(DialKind)(0),           // 1: sallyport.line.DialKind
@@ -3350,14 +3499,16 @@ var file_linepb_line_proto_goTypes = []any{
 	(*Ready)(nil),           // 33: sallyport.line.Ready
 	(*Dial)(nil),            // 34: sallyport.line.Dial
 	(*DialIssuer)(nil),      // 35: sallyport.line.DialIssuer
-	(*DialReply)(nil),       // 36: sallyport.line.DialReply
-	(*Sign)(nil),            // 37: sallyport.line.Sign
-	(*SignReply)(nil),       // 38: sallyport.line.SignReply
-	(*Verdict)(nil),         // 39: sallyport.line.Verdict
-	(*VerdictReply)(nil),    // 40: sallyport.line.VerdictReply
-	(*Decisions)(nil),       // 41: sallyport.line.Decisions
-	(*RefreshKeys)(nil),     // 42: sallyport.line.RefreshKeys
-	(*Revoke)(nil),          // 43: sallyport.line.Revoke
+	(*Introspect)(nil),      // 36: sallyport.line.Introspect
+	(*IntrospectReply)(nil), // 37: sallyport.line.IntrospectReply
+	(*DialReply)(nil),       // 38: sallyport.line.DialReply
+	(*Sign)(nil),            // 39: sallyport.line.Sign
+	(*SignReply)(nil),       // 40: sallyport.line.SignReply
+	(*Verdict)(nil),         // 41: sallyport.line.Verdict
+	(*VerdictReply)(nil),    // 42: sallyport.line.VerdictReply
+	(*Decisions)(nil),       // 43: sallyport.line.Decisions
+	(*RefreshKeys)(nil),     // 44: sallyport.line.RefreshKeys
+	(*Revoke)(nil),          // 45: sallyport.line.Revoke
 }
 var file_linepb_line_proto_depIdxs = []int32{
 	3,  // 0: sallyport.line.Message.start:type_name -> sallyport.line.Start
@@ -3377,37 +3528,39 @@ var file_linepb_line_proto_depIdxs = []int32{
 	20, // 14: sallyport.line.Message.app_certificates:type_name -> sallyport.line.AppCertificates
 	33, // 15: sallyport.line.Message.ready:type_name -> sallyport.line.Ready
 	34, // 16: sallyport.line.Message.dial:type_name -> sallyport.line.Dial
-	37, // 17: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
-	39, // 18: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
-	41, // 19: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
-	42, // 20: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
-	43, // 21: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
+	39, // 17: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
+	41, // 18: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
+	43, // 19: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
+	44, // 20: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
+	45, // 21: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
 	22, // 22: sallyport.line.Message.app_sign:type_name -> sallyport.line.AppSign
 	35, // 23: sallyport.line.Message.dial_issuer:type_name -> sallyport.line.DialIssuer
-	7,  // 24: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
-	26, // 25: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
-	28, // 26: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
-	36, // 27: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
-	38, // 28: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
-	40, // 29: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
-	30, // 30: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
-	23, // 31: sallyport.line.Message.app_sign_reply:type_name -> sallyport.line.AppSignReply
-	4,  // 32: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
-	8,  // 33: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
-	0,  // 34: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
-	10, // 35: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
-	13, // 36: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
-	15, // 37: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
-	17, // 38: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
-	21, // 39: sallyport.line.AppCertificates.certificates:type_name -> sallyport.line.AppCertificate
-	24, // 40: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
-	24, // 41: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
-	1,  // 42: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
-	43, // [43:43] is the sub-list for method output_type
-	43, // [43:43] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	36, // 24: sallyport.line.Message.introspect:type_name -> sallyport.line.Introspect
+	7,  // 25: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
+	26, // 26: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
+	28, // 27: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
+	38, // 28: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
+	40, // 29: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
+	42, // 30: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
+	30, // 31: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
+	23, // 32: sallyport.line.Message.app_sign_reply:type_name -> sallyport.line.AppSignReply
+	37, // 33: sallyport.line.Message.introspect_reply:type_name -> sallyport.line.IntrospectReply
+	4,  // 34: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
+	8,  // 35: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
+	0,  // 36: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
+	10, // 37: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
+	13, // 38: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
+	15, // 39: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
+	17, // 40: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
+	21, // 41: sallyport.line.AppCertificates.certificates:type_name -> sallyport.line.AppCertificate
+	24, // 42: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
+	24, // 43: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
+	1,  // 44: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
+	45, // [45:45] is the sub-list for method output_type
+	45, // [45:45] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_linepb_line_proto_init() }
@@ -3440,6 +3593,7 @@ func file_linepb_line_proto_init() {
 		(*Message_Revoke)(nil),
 		(*Message_AppSign)(nil),
 		(*Message_DialIssuer)(nil),
+		(*Message_Introspect)(nil),
 		(*Message_PoliciesReply)(nil),
 		(*Message_RelationReply)(nil),
 		(*Message_StatusReply)(nil),
@@ -3448,6 +3602,7 @@ func file_linepb_line_proto_init() {
 		(*Message_VerdictReply)(nil),
 		(*Message_ExplainReply)(nil),
 		(*Message_AppSignReply)(nil),
+		(*Message_IntrospectReply)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3455,7 +3610,7 @@ func file_linepb_line_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_linepb_line_proto_rawDesc), len(file_linepb_line_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   42,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
