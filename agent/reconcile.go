@@ -242,12 +242,11 @@ func recognised(id *compile.Identity) (workload.Identity, bool) {
 	if s == nil || s.Kubernetes != nil {
 		return workload.Identity{}, false
 	}
-	w := workload.Identity{Name: id.FullName(), Unit: s.SystemdUnit, Path: s.CgroupPath, Binary: s.ProcessBinary, Endpoints: id.Endpoints}
+	w := workload.Identity{
+		Name: id.FullName(), Unit: s.SystemdUnit, Path: s.CgroupPath, Binary: s.ProcessBinary, Digest: s.ProcessDigest, Endpoints: id.Endpoints,
+	}
 	if s.HasUID {
 		w.UID = &s.UID
-	}
-	if s.HasDigest {
-		w.Digest = &s.ProcessDigest
 	}
 	return w, true
 }
@@ -452,7 +451,7 @@ func (a *Agent) nobody() flow.IdentityNumber {
 // identity's by its name alone, "" where more has to be looked at.
 func (a *Agent) exactPath(id *compile.Identity) string {
 	s := id.Selector
-	if s == nil || s.HasUID || s.ProcessBinary != "" {
+	if s == nil || s.HasUID || s.ProcessBinary != "" || s.ProcessDigest != "" {
 		return ""
 	}
 	if s.CgroupPath != "" {

@@ -243,8 +243,8 @@ func selectorText(s *compile.Selector) string {
 	if s.ProcessBinary != "" {
 		lines = append(lines, "process.binary="+s.ProcessBinary)
 	}
-	if s.HasDigest {
-		lines = append(lines, fmt.Sprintf("process.digest=sha256:%x", s.ProcessDigest))
+	if s.ProcessDigest != "" {
+		lines = append(lines, "process.digest="+s.ProcessDigest)
 	}
 	return strings.Join(lines, " ")
 }

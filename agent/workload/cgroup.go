@@ -68,7 +68,8 @@ func cgroupID(path string) (uint64, error) {
 // children in its links.
 func leaf(st *unix.Stat_t) bool { return st.Nlink == 2 }
 
-// maxProcs bounds how many processes of one cgroup are looked at.
+// maxProcs bounds how many processes of one cgroup are looked at; where there
+// are more, one more is listed, so that it is known.
 const maxProcs = 4096
 
 // processes lists the processes of the cgroup at path, not those beneath it.
@@ -80,7 +81,7 @@ func processes(path string) ([]int, error) {
 	}
 	var all []int
 	for line := range bytes.Lines(b) {
-		if len(all) == maxProcs {
+		if len(all) > maxProcs {
 			break
 		}
 		if pid, err := strconv.Atoi(string(bytes.TrimSpace(line))); err == nil && pid > 0 {

@@ -3,7 +3,6 @@
 package workload
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"net/netip"
 	"os"
@@ -28,14 +27,15 @@ type Identity struct {
 	// Path is a cgroup, absolute beneath the scope; what is beneath it
 	// belongs to it.
 	Path string
-	// UID, Binary and Digest narrow: every process of the cgroup must match, and
-	// there must be one, and none beneath it that is nobody's. A process that joins
-	// later is noticed at the next scan, so they tell workloads apart but
-	// confine none.
+	// UID, Binary and Digest narrow: every process of the cgroup must match,
+	// and there must be one, and none beneath it that is nobody's. A process
+	// that joins later is noticed at the next scan, so they tell workloads
+	// apart but confine none.
 	UID    *uint32
 	Binary string
-	// Digest is the SHA-256 that the content of Binary must have, nil for any.
-	Digest *[sha256.Size]byte
+	// Digest is that of the content of what they run, sha256: and 64 lower-case
+	// digits, "" for any; with Binary.
+	Digest string
 	// Endpoints are the addresses where it serves.
 	Endpoints []netip.AddrPort
 }
@@ -71,11 +71,17 @@ func within(p, root string) bool {
 }
 
 // narrowed says whether more than the cgroup is asked for.
-func (i *Identity) narrowed() bool { return i.UID != nil || i.Binary != "" || i.Digest != nil }
+func (i *Identity) narrowed() bool { return i.UID != nil || i.Binary != "" }
+
+// looker looks at processes, for the time of one scan.
+type looker struct {
+	digests *digests
+	mounts  mounts
+}
 
 // mismatch returns which line of the identity process pid does not match, ""
 // if it matches all. A process that cannot be looked at matches none.
-func (i *Identity) mismatch(pid int, d *digests) string {
+func (l looker) mismatch(i *Identity, pid int) string {
 	proc := "/proc/" + strconv.Itoa(pid)
 	if i.UID != nil {
 		var st unix.Stat_t
@@ -87,21 +93,44 @@ func (i *Identity) mismatch(pid int, d *digests) string {
 		}
 	}
 	if i.Binary != "" {
-		exe, err := os.Readlink(proc + "/exe")
+		return l.program(i, pid)
+	}
+	return ""
+}
+
+// program is mismatch for what the process runs.
+func (l looker) program(i *Identity, pid int) string {
+	if i.Digest == "" {
+		exe, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe")
 		if err != nil {
 			return "process.binary: cannot be read"
 		}
 		if exe != i.Binary {
 			return fmt.Sprintf("process.binary: is %q, want %q", exe, i.Binary)
 		}
+		return ""
 	}
-	if i.Digest != nil {
-		switch sum, err := d.of(pid); {
-		case err != nil:
-			return "process.digest: " + err.Error()
-		case sum != *i.Digest:
-			return fmt.Sprintf("process.digest: is sha256:%x, want sha256:%x", sum, *i.Digest)
-		}
+	// Path and content of one file, though the process may run another one
+	// meanwhile.
+	exe, err := openProgram(pid)
+	if err != nil {
+		return "process.binary: cannot be read"
+	}
+	defer exe.close()
+	// What was replaced on the disk is still what runs, and its content is
+	// known: an upgrade takes the identity from nobody before its restart.
+	if strings.TrimSuffix(exe.path, " (deleted)") != i.Binary {
+		return fmt.Sprintf("process.binary: is %q, want %q", exe.path, i.Binary)
+	}
+	if err := l.mounts.vouch(pid, exe); err != nil {
+		return "process.digest: " + err.Error()
+	}
+	sum, err := l.digests.of(exe)
+	if err != nil {
+		return "process.digest: " + err.Error()
+	}
+	if sum != i.Digest {
+		return fmt.Sprintf("process.digest: is %s, want %s", sum, i.Digest)
 	}
 	return ""
 }
@@ -121,8 +150,8 @@ func (i *Identity) by() string {
 	if i.Binary != "" {
 		lines = append(lines, "process.binary "+i.Binary)
 	}
-	if i.Digest != nil {
-		lines = append(lines, fmt.Sprintf("process.digest sha256:%x", *i.Digest))
+	if i.Digest != "" {
+		lines = append(lines, "process.digest "+i.Digest)
 	}
 	return strings.Join(lines, ", ")
 }

@@ -34,7 +34,7 @@ func (r *Recogniser) scan() (*Table, []*held) {
 	r.mu.Lock()
 	identities, of := r.identities, r.of
 	r.mu.Unlock()
-	s := scan{r: r, cgroups: map[string]*scanned{}, named: map[string]bool{}}
+	s := scan{r: r, look: r.looker(), cgroups: map[string]*scanned{}, named: map[string]bool{}}
 	r.watch.begin()
 	for i := range identities {
 		s.identity(&identities[i])
@@ -49,6 +49,7 @@ func (r *Recogniser) scan() (*Table, []*held) {
 
 type scan struct {
 	r        *Recogniser
+	look     looker
 	cgroups  map[string]*scanned // by path beneath Root
 	named    map[string]bool     // the identities that are looked for
 	problems []string
@@ -77,7 +78,7 @@ func (s *scan) identity(i *Identity) {
 			}
 		}
 		for _, c := range found {
-			if i.narrowed() && !s.matchesAll(i, c.procs) {
+			if i.narrowed() && !s.look.matchesAll(i, c.procs) {
 				continue
 			}
 			c.names = append(c.names, i.Name)
@@ -88,8 +89,8 @@ func (s *scan) identity(i *Identity) {
 	}
 }
 
-func (s *scan) matchesAll(i *Identity, procs []int) bool {
-	return len(procs) > 0 && !slices.ContainsFunc(procs, func(pid int) bool { return i.mismatch(pid, s.r.digests) != "" })
+func (l looker) matchesAll(i *Identity, procs []int) bool {
+	return len(procs) > 0 && len(procs) <= maxProcs && !slices.ContainsFunc(procs, func(pid int) bool { return l.mismatch(i, pid) != "" })
 }
 
 // withhold takes the identity from cgroups that would pass it on: to the
@@ -219,7 +220,7 @@ func (r *Recogniser) Unrecognised() (all []Unrecognised, truncated bool, err err
 	for _, c := range table.Cgroups {
 		known[c.Path] = true
 	}
-	seen := 0
+	seen, look := 0, r.looker()
 	err = filepath.WalkDir(filepath.Join(r.opt.Root, r.opt.Scope), func(full string, d fs.DirEntry, err error) error {
 		if err != nil {
 			if gone(err) {
@@ -247,7 +248,7 @@ func (r *Recogniser) Unrecognised() (all []Unrecognised, truncated bool, err err
 			return nil //nolint:nilerr // it ended
 		}
 		u := Unrecognised{ID: id, Path: p, Processes: len(procs)}
-		u.Nearest, u.Mismatch = nearest(identities, r.opt.Scope, p, procs, r.digests)
+		u.Nearest, u.Mismatch = look.nearest(identities, r.opt.Scope, p, procs)
 		all = append(all, u)
 		return nil
 	})
@@ -262,7 +263,7 @@ func (r *Recogniser) Unrecognised() (all []Unrecognised, truncated bool, err err
 
 // nearest returns the identity whose selector comes nearest to the cgroup at
 // p, and what does not match.
-func nearest(identities []Identity, scope, p string, procs []int, d *digests) (name, mismatch string) {
+func (l looker) nearest(identities []Identity, scope, p string, procs []int) (name, mismatch string) {
 	relative := path.Join("/", strings.TrimPrefix(p, scope))
 	best := 0.5 // less alike than that is no explanation
 	for i := range identities {
@@ -270,11 +271,14 @@ func nearest(identities []Identity, scope, p string, procs []int, d *digests) (n
 		for _, root := range id.roots() {
 			if within(relative, root) {
 				for _, pid := range procs {
-					if m := id.mismatch(pid, d); m != "" {
+					if m := l.mismatch(id, pid); m != "" {
 						return id.Name, m
 					}
 				}
-				if id.narrowed() && len(procs) > 0 {
+				switch {
+				case id.narrowed() && len(procs) > maxProcs:
+					return id.Name, fmt.Sprintf("it has more than %d processes, too many to look at each", maxProcs)
+				case id.narrowed() && len(procs) > 0:
 					return id.Name, "a process in a cgroup beneath it does not match"
 				}
 			}

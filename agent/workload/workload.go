@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -71,9 +72,10 @@ type Table struct {
 
 // Recogniser keeps the table.
 type Recogniser struct {
-	opt     Options
-	own     *sockets.Netns
-	wake    chan struct{}
+	opt  Options
+	own  *sockets.Netns
+	wake chan struct{}
+	// digests are of what workloads run, until Run returns.
 	digests *digests
 
 	mu         sync.Mutex
@@ -123,6 +125,9 @@ func New(opt Options) (*Recogniser, error) {
 	return r, nil
 }
 
+// looker returns one for a scan that begins.
+func (r *Recogniser) looker() looker { return looker{r.digests, mounts{}} }
+
 // SetIdentities replaces the identities that are looked for, and returns what
 // the tables of these will bear in Of. The next one follows at once.
 func (r *Recogniser) SetIdentities(all []Identity) uint64 {
@@ -154,6 +159,12 @@ func (r *Recogniser) Table() *Table {
 // change is looked at at once, a burst of them together.
 const settle = 5 * time.Millisecond
 
+// patience is how long the first table of a set of identities waits for
+// digests: at an agent's start, and where a digest is asked for anew, a workload
+// that runs what it should is not to be nobody meanwhile. What was in force
+// before stays so.
+const patience = 3 * time.Second
+
 // Run looks at the cgroups until ctx ends, and calls f with the first table
 // and each that differs from the one before in more than numbers of processes.
 // The namespaces of the last table are closed when it returns.
@@ -164,33 +175,48 @@ func (r *Recogniser) Run(ctx context.Context, f func(*Table)) error {
 		r.opt.Logger.Warn("changes of cgroups are noticed late", "err", err, "rescan", r.opt.Rescan)
 	}
 	r.watch = w
+	var release []*held // not in the next table, and to be closed when that is told
 	defer func() {
+		r.digests.close()
 		w.close()
-		for _, h := range r.held {
+		for _, h := range slices.Concat(release, slices.Collect(maps.Values(r.held))) {
 			h.ns.Close()
 		}
 		r.own.Close()
 	}()
-	r.digests.run(ctx)
 	tick := time.NewTicker(r.opt.Rescan)
 	defer tick.Stop()
-	for first := true; ; first = false {
+	var waits time.Time // since when a set's first table waits, zero if none does
+	for first := true; ; {
 		began := time.Now()
-		next, release := r.scan()
-		r.mu.Lock()
-		changed := first || !next.same(r.table)
-		r.table = next
-		r.mu.Unlock()
-		if changed {
-			f(next)
+		next, gone := r.scan()
+		release = append(release, gone...)
+		var enough <-chan time.Time
+		if waits.IsZero() {
+			waits = began
 		}
-		for _, h := range release {
-			h.ns.Close()
+		if left := patience - began.Sub(waits); next.Of != r.table.Of && r.digests.busy() && left > 0 {
+			enough = time.After(left)
+		} else {
+			waits = time.Time{}
+			r.mu.Lock()
+			changed := first || !next.same(r.table)
+			r.table = next
+			r.mu.Unlock()
+			if changed {
+				first = false
+				f(next)
+			}
+			for _, h := range release {
+				h.ns.Close()
+			}
+			release = nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		case <-enough:
 		case <-r.wake:
 		case <-w.changed:
 			select {

@@ -410,6 +410,23 @@ func TestNobodyBeneath(t *testing.T) {
 	until("the stranger is gone", is("/a=a:1 /a/b/c=a:1"))
 }
 
+// TestTooManyProcesses: what is not looked at does not match.
+func TestTooManyProcesses(t *testing.T) {
+	uid := uint32(os.Geteuid())
+	id := Identity{Name: "a", Path: "/a", UID: &uid}
+	procs := slices.Repeat([]int{os.Getpid()}, maxProcs)
+	if !(looker{}).matchesAll(&id, procs) {
+		t.Error("as many as are looked at do not match")
+	}
+	procs = append(procs, os.Getpid())
+	if (looker{}).matchesAll(&id, procs) {
+		t.Error("more than are looked at match")
+	}
+	if name, why := (looker{}).nearest([]Identity{id}, "/", "/a", procs); name != "a" || !strings.HasPrefix(why, "it has more than 4096 processes") {
+		t.Errorf("%s: %s", name, why)
+	}
+}
+
 func TestBounds(t *testing.T) {
 	testenv.RequireRoot(t)
 	scope := testenv.NewCgroup(t, nil)
@@ -435,7 +452,7 @@ func TestNearest(t *testing.T) {
 		{"/scope/shop/payment", "shop/payments", `cgroup.path: is "/shop/payment", want "/shop/payments" or beneath it`},
 		{"/scope/a", "", ""},
 	} {
-		name, mismatch := nearest(identities, "/scope", c.path, nil, nil)
+		name, mismatch := looker{}.nearest(identities, "/scope", c.path, nil)
 		if name != c.name || mismatch != c.mismatch {
 			t.Errorf("%s: %s, %s", c.path, name, mismatch)
 		}

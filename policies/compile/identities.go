@@ -4,9 +4,9 @@ package compile
 
 import (
 	"cmp"
-	"encoding/hex"
 	"net/netip"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -213,7 +213,7 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 		if b := out.ProcessBinary; b != "" && (!path.IsAbs(b) || path.Clean(b) != b) {
 			c.report.Errorf(d.At("spec", "select", "process", "binary"), "binary: %q is not a clean absolute path", b)
 		}
-		c.digest(out, d, s.Process.Digest)
+		out.ProcessDigest = c.processDigest(d, s.Process.Digest)
 	}
 	key := d.Key("spec", "select")
 	var places []string
@@ -250,16 +250,16 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 	id.Selector = out
 }
 
-// digest reads the digest of an executable's content.
-func (c *compiler) digest(out *Selector, d *identityDoc, text string) {
-	if _, written := d.Lookup("spec", "select", "process", "digest"); !written {
-		return
+var digestForm = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+
+// processDigest returns the digest of an executable as the agent writes it.
+func (c *compiler) processDigest(d *identityDoc, text string) string {
+	c.empty(&d.Document, "digest", "spec", "select", "process", "digest")
+	digest := strings.ToLower(text)
+	if digest != "" && !digestForm.MatchString(digest) {
+		c.report.Errorf(d.At("spec", "select", "process", "digest"), "digest: %q is not sha256: and the 64 hexadecimal digits that sha256sum prints", text)
 	}
-	digits, ok := strings.CutPrefix(text, "sha256:")
-	n, err := hex.Decode(out.ProcessDigest[:], []byte(digits[:min(len(digits), 2*len(out.ProcessDigest))]))
-	if out.HasDigest = ok && err == nil && n == len(out.ProcessDigest) && len(digits) == 2*n && strings.ToLower(digits) == digits; !out.HasDigest {
-		c.report.Errorf(d.At("spec", "select", "process", "digest"), "digest: %q is not sha256: and 64 hexadecimal digits in lower case, as sha256sum writes them", text)
-	}
+	return digest
 }
 
 func (c *compiler) unit(d *identityDoc, unit string) {
@@ -340,7 +340,7 @@ func (s *Selector) meets(o *Selector) bool {
 	if s.HasUID && o.HasUID && s.UID != o.UID {
 		return false
 	}
-	if s.HasDigest && o.HasDigest && s.ProcessDigest != o.ProcessDigest {
+	if s.ProcessDigest != "" && o.ProcessDigest != "" && s.ProcessDigest != o.ProcessDigest {
 		return false
 	}
 	return s.ProcessBinary == "" || o.ProcessBinary == "" || s.ProcessBinary == o.ProcessBinary

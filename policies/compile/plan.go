@@ -143,9 +143,8 @@ type Selector struct {
 	CgroupPath    string // clean and absolute beneath the cgroup root, the cgroup and what is beneath it
 	UID           uint32
 	HasUID        bool
-	ProcessBinary string   // absolute path, "" for any
-	ProcessDigest [32]byte // SHA-256 of its content
-	HasDigest     bool
+	ProcessBinary string // absolute path, "" for any
+	ProcessDigest string // of its content, sha256: and 64 lower-case digits, "" for any; with ProcessBinary
 }
 
 // Egress is a range of addresses outside the mesh, or a host in lower case

@@ -15,11 +15,11 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
-const wholeSet = `
+var wholeSet = `
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
 metadata: {name: unit, namespace: shop, labels: {a: b}}
-spec: {owner: o, expires: 2026-11-30, select: {systemd: {unit: checkout.service}, uid: 0, process: {binary: /bin/x}}, mayCall: [cgroup, fixed]}
+spec: {owner: o, expires: 2026-11-30, select: {systemd: {unit: checkout.service}, uid: 0, process: {binary: /bin/x, digest: "sha256:` + strings.Repeat("A0", 32) + `"}}, mayCall: [cgroup, fixed]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
@@ -89,7 +89,7 @@ func TestPlan(t *testing.T) {
 			t.Errorf("%s: ID %s", id.FullName(), id.ID)
 		}
 	}
-	if s := unit.Selector; *s != (Selector{SystemdUnit: "checkout.service", HasUID: true, ProcessBinary: "/bin/x"}) {
+	if s := unit.Selector; *s != (Selector{SystemdUnit: "checkout.service", HasUID: true, ProcessBinary: "/bin/x", ProcessDigest: "sha256:" + strings.Repeat("a0", 32)}) {
 		t.Errorf("selector %+v", s)
 	}
 	if unit.Mode != flow.ModeAudit || cgroup.Mode != flow.ModeEnforce || fixed.Selector != nil || unit.Position.String() != "a.yaml:2:1" {

@@ -83,7 +83,7 @@ var comments = map[string]string{
 	"Probability":                       "Probability is a number above 0 and below 1.",
 	"ProcessSelector":                   "ProcessSelector selects by the program that runs.",
 	"ProcessSelector.Binary":            "Binary is the absolute path of the executable.",
-	"ProcessSelector.Digest":            "Digest is that of the executable's content, sha256: and 64 hexadecimal digits in lower case.",
+	"ProcessSelector.Digest":            "Digest is that of the executable's content, sha256: and the 64 hexadecimal digits that sha256sum prints. A script's is its interpreter's.",
 	"Protect":                           "Protect says what a policy protects.",
 	"Protect.Identity":                  "Identity is the MachineIdentity that serves.",
 	"Protect.Ports":                     "Ports are the TCP ports that it serves at.",

@@ -87,8 +87,9 @@ type CgroupSelector struct {
 type ProcessSelector struct {
 	// Binary is the absolute path of the executable.
 	Binary string `json:"binary" required:"true"`
-	// Digest is that of the executable's content, sha256: and 64 hexadecimal
-	// digits in lower case.
+	// Digest is that of the executable's content, sha256: and the 64
+	// hexadecimal digits that sha256sum prints. A script's is its
+	// interpreter's.
 	Digest string `json:"digest"`
 }
 
