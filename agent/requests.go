@@ -50,7 +50,7 @@ func refuse(reason flow.Reason, format string, args ...any) error {
 // concurrent says which requests need no order.
 func concurrent(m *linepb.Message) bool {
 	switch m.GetBody().(type) {
-	case *linepb.Message_Dial, *linepb.Message_Sign, *linepb.Message_Verdict, *linepb.Message_AppSign, *linepb.Message_DialIssuer, *linepb.Message_Introspect:
+	case *linepb.Message_Dial, *linepb.Message_Sign, *linepb.Message_Verdict, *linepb.Message_AppSign, *linepb.Message_DialIssuer, *linepb.Message_Introspect, *linepb.Message_DialEngine:
 		return true
 	}
 	return false
@@ -72,6 +72,8 @@ func (s *session) handle(_ context.Context, in *line.Incoming) {
 		s.dial(in, b.Dial)
 	case *linepb.Message_DialIssuer:
 		s.dialIssuer(in, b.DialIssuer)
+	case *linepb.Message_DialEngine:
+		s.dialEngine(in, b.DialEngine)
 	case *linepb.Message_Introspect:
 		s.introspect(in, b.Introspect)
 	case *linepb.Message_Sign:

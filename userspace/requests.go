@@ -88,16 +88,7 @@ func (p *process) dialIssuer(ctx context.Context, id, issuer string) (net.Conn, 
 	if err == nil && m.GetDialReply().GetError() != "" {
 		err = errors.New(m.GetDialReply().GetError())
 	}
-	if err == nil && len(fds) != 1 {
-		err = errors.New("the agent sent no connection")
-	}
-	if err != nil {
-		closeAll(fds)
-		return nil, err
-	}
-	f := os.NewFile(uintptr(fds[0]), "issuer")
-	defer f.Close() //nolint:errcheck // the connection is a copy
-	return net.FileConn(f)
+	return connection(fds, err)
 }
 
 // introspect has the agent ask an issuer about a token.
@@ -108,6 +99,32 @@ func (p *process) introspect(ctx context.Context, issuer, token string) ([]byte,
 		err = errors.New(m.GetIntrospectReply().GetError())
 	}
 	return m.GetIntrospectReply().GetAnswer(), err
+}
+
+// dialEngine has the agent connect to the relation engine of a model, and tell
+// the key that it is to be shown.
+func (p *process) dialEngine(ctx context.Context, model string) (net.Conn, string, error) {
+	m, fds, err := p.conn.Call(ctx, &linepb.Message{Body: &linepb.Message_DialEngine{DialEngine: &linepb.DialEngine{Model: model}}})
+	reply := m.GetDialEngineReply()
+	if err == nil && reply.GetError() != "" {
+		err = errors.New(reply.GetError())
+	}
+	conn, err := connection(fds, err)
+	return conn, reply.GetSecret(), err
+}
+
+// connection makes one of the descriptor that came with an answer.
+func connection(fds []int, err error) (net.Conn, error) {
+	if err == nil && len(fds) != 1 {
+		err = errors.New("the agent sent no connection")
+	}
+	if err != nil {
+		closeAll(fds)
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fds[0]), "connection")
+	defer f.Close() //nolint:errcheck // the connection is a copy
+	return net.FileConn(f)
 }
 
 // sign asks the agent for a leaf; it holds the request against what this node

@@ -143,7 +143,7 @@ func (p *process) open(ctx context.Context) error {
 	openCtx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	p.relations, err = relation.Open(openCtx, relation.Options{
-		StateDir: p.start.GetStateDir(),
+		StateDir: p.start.GetStateDir(), Dial: p.dialEngine, Roots: p.roots,
 		Changed: func(model string) {
 			if p.pipeline != nil {
 				p.pipeline.RelationsChanged(model)

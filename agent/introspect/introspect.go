@@ -115,6 +115,26 @@ func Check(path string) error {
 
 // authorization reads credentials, as the value of an Authorization field.
 func authorization(path string) (string, error) {
+	line, err := Secret(path)
+	if err != nil {
+		return "", err
+	}
+	if bearer, ok := strings.CutPrefix(line, "Bearer "); ok {
+		return "Bearer " + bearer, nil
+	}
+	id, secret, ok := strings.Cut(line, ":")
+	if !ok || id == "" {
+		return "", fmt.Errorf("read credentials: %s is neither CLIENT_ID:CLIENT_SECRET nor Bearer and a token", path)
+	}
+	// RFC 6749 section 2.3.1: both are form-encoded first.
+	r := http.Request{Header: http.Header{}}
+	r.SetBasicAuth(url.QueryEscape(id), url.QueryEscape(secret))
+	return r.Header.Get("Authorization"), nil
+}
+
+// Secret reads a file of one line that others must not read. Errors do not
+// hold it.
+func Secret(path string) (string, error) {
 	// Without waiting for who writes into a pipe.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -139,15 +159,5 @@ func authorization(path string) (string, error) {
 	if len(b) > maxCredentials || line == "" || strings.ContainsFunc(line, func(r rune) bool { return r < ' ' || r == 0x7f }) {
 		return "", fmt.Errorf("read credentials: %s is not one line of printable characters", path)
 	}
-	if bearer, ok := strings.CutPrefix(line, "Bearer "); ok {
-		return "Bearer " + bearer, nil
-	}
-	id, secret, ok := strings.Cut(line, ":")
-	if !ok || id == "" {
-		return "", fmt.Errorf("read credentials: %s is neither CLIENT_ID:CLIENT_SECRET nor Bearer and a token", path)
-	}
-	// RFC 6749 section 2.3.1: both are form-encoded first.
-	r := http.Request{Header: http.Header{}}
-	r.SetBasicAuth(url.QueryEscape(id), url.QueryEscape(secret))
-	return r.Header.Get("Authorization"), nil
+	return line, nil
 }

@@ -66,7 +66,7 @@ func (r *Rule) named(e *json.Encoder) {
 		r.Token.Issuer.fingerprint(e)
 	}
 	if r.Relation != nil {
-		write(e, r.Relation.Model.FullName(), r.Relation.Model.Text)
+		write(e, r.Relation.Model.FullName(), r.Relation.Model.Text, r.Relation.Model.Address, r.Relation.Model.Store)
 	}
 }
 

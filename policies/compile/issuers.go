@@ -5,10 +5,13 @@ package compile
 import (
 	"encoding/json"
 	"maps"
+	"net"
+	"net/netip"
 	"net/url"
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -237,6 +240,7 @@ func (c *compiler) compileModels() {
 		case hasFile:
 			c.empty(&d.Document, "file", "spec", "file")
 		}
+		c.engine(m, d)
 		before := cost
 		if one := relations.Cost(m.Text); one <= relations.MaxCost { // else it is not read
 			cost += one
@@ -261,6 +265,41 @@ func (c *compiler) compileModels() {
 		c.plan.models = append(c.plan.models, m)
 	}
 	byName(c.plan.models)
+}
+
+const maxStore = 64 // characters of a store's name, as OpenFGA has it
+
+// engine reads where a model's relations are.
+func (c *compiler) engine(m *Model, d *load.Doc[v1alpha1.RelationModel]) {
+	spec := &d.Value.Spec
+	for _, f := range [...]string{"address", "store", "credentials"} {
+		c.empty(&d.Document, f, "spec", f)
+		if _, ok := d.Lookup("spec", f); ok && spec.Engine != "openfga" {
+			c.report.Errorf(d.Key("spec", f), "%s: goes with engine: openfga", f)
+		}
+	}
+	if spec.Engine != "openfga" {
+		return
+	}
+	for _, f := range [...]string{"address", "store"} {
+		if _, ok := d.Lookup("spec", f); !ok {
+			c.report.Errorf(d.Key("spec"), "%s is missing; an engine elsewhere has one", f)
+		}
+	}
+	if spec.Address != "" {
+		host, port, err := net.SplitHostPort(spec.Address)
+		n, portErr := strconv.ParseUint(port, 10, 16)
+		if _, addrErr := netip.ParseAddr(host); err != nil || portErr != nil || n == 0 || addrErr != nil && !isHost(strings.ToLower(host)) {
+			c.report.Errorf(d.At("spec", "address"), "address: %q is not HOST:PORT, such as openfga.example:8081", spec.Address)
+		}
+	}
+	if len(spec.Store) > maxStore || strings.ContainsFunc(spec.Store, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
+		c.report.Errorf(d.At("spec", "store"), "store: %q is not the name of a store: at most %d printable characters", spec.Store, maxStore)
+	}
+	if p := spec.Credentials; p != "" && (!path.IsAbs(p) || path.Clean(p) != p) {
+		c.report.Errorf(d.At("spec", "credentials"), "credentials: %q is not a clean absolute path", p)
+	}
+	m.Address, m.Store, m.Credentials = spec.Address, spec.Store, spec.Credentials
 }
 
 // modelText is where a model's text stands: in a field, or in the file at
@@ -315,6 +354,9 @@ func (c *compiler) compileTuples() {
 			m = c.plan.models[0]
 		} else {
 			c.report.Errorf(d.Position(), "model is missing: the set has %d RelationModels; write model: NAMESPACE/NAME and the list under tuples:", len(c.plan.models))
+		}
+		if m != nil && m.Address != "" {
+			c.report.Errorf(d.Position(), "model: the relations of %s are at %s; write them there", m.FullName(), m.Address)
 		}
 		for i, t := range d.Value.Tuples {
 			good := true

@@ -199,6 +199,10 @@ type Model struct {
 	// Relations is what Text says.
 	Relations *relations.Model
 	Position  load.Position
+	// Address is that of the OpenFGA server that has the relations, HOST:PORT,
+	// "" for the node itself, with the name of the Store there and the file that
+	// has its Credentials, "" for none.
+	Address, Store, Credentials string
 }
 
 // FullName returns NAMESPACE/NAME.

@@ -85,6 +85,7 @@ func (c *compiler) compileTenancy(t *Tenancy) {
 		if t.owns(&d.Document) {
 			c.tenantNamespace(t, &d.Document)
 			c.tenantMayNot(&d.Document, "file: a tenant has no files on the node; write the model itself under model", "spec", "file")
+			c.tenantMayNot(&d.Document, "credentials: a tenant has no files on the node; leave it out", "spec", "credentials")
 			c.tenantMayNot(&d.Document, "address: a tenant names no engine; leave it out", "spec", "address")
 		}
 	}

@@ -11,8 +11,6 @@ import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 var unsupported = map[string]bool{
 	"Selector.all": true,
 
-	"RelationModelSpec.address":        true,
-	"RelationModelSpec.engine=openfga": true,
 	"RelationModelSpec.engine=spicedb": true,
 
 	"APIPolicySpec.onError=cached": true,

@@ -60,8 +60,15 @@ type RelationModelSpec struct {
 	File string `json:"file"`
 	// Engine is where the relations are; embedded if absent.
 	Engine string `json:"engine" oneof:"embedded|openfga|spicedb"`
-	// Address is that of an engine elsewhere, HOST:PORT.
+	// Address is that of an engine elsewhere, HOST:PORT; it is spoken to in
+	// TLS, and its certificate must name the host.
 	Address string `json:"address"`
+	// Store is the name of the engine's store, which must be there.
+	Store string `json:"store"`
+	// Credentials is the absolute path of a file that the agent reads, with the
+	// pre-shared key of the engine in one line; absent: it asks for none. Others
+	// must not be able to read it.
+	Credentials string `json:"credentials"`
 }
 
 // Tuple is one relation of a *.tuples.yaml file.

@@ -31,8 +31,13 @@ func Models(plan *compile.Plan) ([]relation.Model, map[string][]relation.Tuple) 
 	models := make([]relation.Model, 0, len(plan.Models()))
 	tuples := make(map[string][]relation.Tuple, len(plan.Models()))
 	for _, m := range plan.Models() {
-		models = append(models, relation.Model{Name: m.FullName(), Text: m.Text})
-		tuples[m.FullName()] = nil
+		one := relation.Model{Name: m.FullName(), Text: m.Text}
+		if m.Address != "" {
+			one.Remote = &relation.Remote{Address: m.Address, Store: m.Store}
+		} else {
+			tuples[m.FullName()] = nil
+		}
+		models = append(models, one)
 	}
 	for _, t := range plan.Tuples() {
 		if t.Model != nil {

@@ -30,7 +30,11 @@ func (e *Engine) Cached(model, subject, relation, object string) (Answer, bool) 
 	if m == nil {
 		return Answer{}, false
 	}
-	return e.cache.get(m, e.cache.hash(subject, relation, object), subject, relation, object, e.now().UnixNano())
+	now := e.now().UnixNano()
+	if !m.fresh(now) {
+		return Answer{}, false
+	}
+	return e.cache.get(m, e.cache.hash(subject, relation, object), subject, relation, object, now)
 }
 
 // Check answers from memory or asks the engine, so it may block for
@@ -64,9 +68,13 @@ func (e *Engine) ask(ctx context.Context, name, subject, relation, object string
 	if !validUser(subject, false) || !validName(relation, maxRelation) || !validObject(object) {
 		return Answer{}, errQuestion
 	}
+	if m.ids.Load() == nil {
+		return Answer{}, m.unanswered()
+	}
 	hash := e.cache.hash(subject, relation, object)
 	if len(contextual) == 0 {
-		if a, ok := e.cache.get(m, hash, subject, relation, object, e.now().UnixNano()); ok {
+		now := e.now().UnixNano()
+		if a, ok := e.cache.get(m, hash, subject, relation, object, now); ok && m.fresh(now) {
 			return a, nil
 		}
 	} else if len(contextual) > MaxTuples {
@@ -145,9 +153,9 @@ func (e *Engine) remember(q *question, hash uint64, answer Answer, now time.Time
 }
 
 func (e *Engine) evaluate(ctx context.Context, q *question, contextual []Tuple, now time.Time) (Answer, error) {
-	m := q.model
+	m, ids := q.model, q.model.ids.Load()
 	req := &openfgav1.CheckRequest{
-		StoreId: m.store, AuthorizationModelId: m.version,
+		StoreId: ids.store, AuthorizationModelId: ids.version,
 		TupleKey:    &openfgav1.CheckRequestTupleKey{User: q.subject, Relation: q.relation, Object: q.object},
 		Consistency: openfgav1.ConsistencyPreference_MINIMIZE_LATENCY,
 	}
@@ -171,7 +179,7 @@ func (e *Engine) evaluate(ctx context.Context, q *question, contextual []Tuple, 
 		}
 		req.ContextualTuples.TupleKeys = append(req.ContextualTuples.TupleKeys, tupleKey(&contextual[i]))
 	}
-	res, err := e.fga.Check(ctx, req)
+	res, err := m.backend.Check(ctx, req)
 	if err != nil {
 		return Answer{}, fmt.Errorf("check relation: %w", err)
 	}

@@ -10,8 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -67,6 +69,7 @@ type Engine struct {
 	open    atomic.Bool
 	closing sync.RWMutex // keeps a question from beginning while open ends
 	work    sync.WaitGroup
+	tails   sync.WaitGroup // of engines elsewhere
 }
 
 type modelSet struct {
@@ -261,7 +264,10 @@ func (e *Engine) Close() error {
 	if !was {
 		return nil
 	}
-	e.models.Store(&modelSet{})
+	for _, m := range e.models.Swap(&modelSet{}).byName {
+		m.abandon()
+	}
+	e.tails.Wait()
 	e.work.Wait()
 	e.fga.Close() // closes the store too
 	return e.lock.Close()
@@ -286,5 +292,12 @@ func (e *Engine) Status() Status {
 		return s
 	}
 	s.Ready = true
+	for _, name := range slices.Sorted(maps.Keys(e.models.Load().byName)) {
+		if m := e.models.Load().byName[name]; m != nil && m.remote != nil {
+			if why := m.remote.problem.Load(); why != nil {
+				s.Problem = "engine of " + name + " at " + m.remote.spec.Remote.Address + ": " + *why
+			}
+		}
+	}
 	return s
 }

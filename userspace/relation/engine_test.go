@@ -151,7 +151,7 @@ func TestQuestionsThatAreNone(t *testing.T) {
 func TestModels(t *testing.T) {
 	e, ctx := openEngine(t, t.TempDir(), Options{}), context.Background()
 	const a, b = "a/model", "b/model"
-	must(t, e.SetModels(ctx, []Model{{a, testModel}, {b, testModel}}))
+	must(t, e.SetModels(ctx, []Model{{Name: a, Text: testModel}, {Name: b, Text: testModel}}))
 	must(t, e.Write(ctx, a, tuples(t, "user:alice can_pay account:1")))
 	check := func(model string) flow.Reason {
 		_, reason, _ := e.Check(ctx, model, "user:alice", "can_pay", "account:1")
@@ -164,7 +164,7 @@ func TestModels(t *testing.T) {
 		t.Fatal("a question to no model was answered")
 	}
 	// A new version voids what was answered under the old one.
-	must(t, e.SetModels(ctx, []Model{{a, strings.Replace(testModel, "can_pay: [user, user with lease, group#member]", "can_pay: [group#member]", 1)}}))
+	must(t, e.SetModels(ctx, []Model{{Name: a, Text: strings.Replace(testModel, "can_pay: [user, user with lease, group#member]", "can_pay: [group#member]", 1)}}))
 	if check(a) != flow.ReasonRelation {
 		t.Fatal("the old version answers")
 	}
@@ -173,7 +173,7 @@ func TestModels(t *testing.T) {
 		t.Fatalf("got %q, %v", text, err)
 	}
 	// Back again: the tuples were kept.
-	must(t, e.SetModels(ctx, []Model{{a, testModel}}))
+	must(t, e.SetModels(ctx, []Model{{Name: a, Text: testModel}}))
 	if check(a) != flow.ReasonOK {
 		t.Fatal("the first version does not answer again")
 	}
@@ -181,18 +181,18 @@ func TestModels(t *testing.T) {
 		"not a model": "modell", "no types": "model\n  schema 1.1\n", "undefined type": "model\n  schema 1.1\ntype a\n  relations\n    define x: [b]\n",
 		"undefined relation": "model\n  schema 1.1\ntype a\n  relations\n    define x: y\n", "broken JSON": "{", "JSON of something else": `{"a":1}`,
 	} {
-		if err := e.SetModels(ctx, []Model{{b, testModel}, {a, text}}); err == nil {
+		if err := e.SetModels(ctx, []Model{{Name: b, Text: testModel}, {Name: a, Text: text}}); err == nil {
 			t.Errorf("%s was taken", name)
 		}
 	}
-	if e.SetModels(ctx, []Model{{a, testModel}, {a, testModel}}) == nil || e.SetModels(ctx, []Model{{"", testModel}}) == nil {
+	if e.SetModels(ctx, []Model{{Name: a, Text: testModel}, {Name: a, Text: testModel}}) == nil || e.SetModels(ctx, []Model{{Name: "", Text: testModel}}) == nil {
 		t.Error("models without a name of their own were taken")
 	}
 	if s := e.Status(); !s.Ready || s.Models != 1 || check(a) != flow.ReasonOK {
 		t.Fatalf("a refused set changed something: %+v", s)
 	}
 	json := `{"schema_version":"1.1","type_definitions":[{"type":"user"},{"type":"door","relations":{"may_open":{"this":{}}},"metadata":{"relations":{"may_open":{"directly_related_user_types":[{"type":"user"}]}}}}]}`
-	must(t, e.SetModels(ctx, []Model{{a, json}}))
+	must(t, e.SetModels(ctx, []Model{{Name: a, Text: json}}))
 	must(t, e.Write(ctx, a, tuples(t, "user:alice may_open door:1")))
 	// What the loader takes the engine takes: as many types as there may be.
 	var most strings.Builder
@@ -200,7 +200,7 @@ func TestModels(t *testing.T) {
 	for i := range relations.MaxTypes - 1 {
 		fmt.Fprintf(&most, "type t%d\n  relations\n    define a: [user] or b\n    define b: [user]\n", i)
 	}
-	must(t, e.SetModels(ctx, []Model{{a, most.String()}}))
+	must(t, e.SetModels(ctx, []Model{{Name: a, Text: most.String()}}))
 }
 
 func TestDefaultModel(t *testing.T) {

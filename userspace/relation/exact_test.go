@@ -108,7 +108,7 @@ func TestAnswersAreExact(t *testing.T) {
 func TestNoStaleAnswerAfterWrite(t *testing.T) {
 	// A loaded machine may take long; an answer that is late is not stale.
 	e, ctx := openEngine(t, t.TempDir(), Options{Timeout: time.Minute}), context.Background()
-	must(t, e.SetModels(ctx, []Model{{"shop/shop", plainModel}}))
+	must(t, e.SetModels(ctx, []Model{{Name: "shop/shop", Text: plainModel}}))
 	for name, tuple := range map[string]Tuple{
 		"direct":        tuples(t, "user:alice can_pay account:1")[0],
 		"through group": tuples(t, "user:alice member group:eng")[0],

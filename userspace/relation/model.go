@@ -13,8 +13,9 @@ import (
 // model is one version of a relation model in use. A new version is another
 // model, so a pointer to it is part of what a cached answer is held against.
 type model struct {
-	name           string
-	store, version string // OpenFGA's IDs
+	name string
+	ids  atomic.Pointer[modelIDs] // nil while an engine elsewhere has not told them
+	bound
 	// closed are the types whose tuples matter to their own object alone: no
 	// relation of the model reaches an object of theirs from another.
 	closed map[string]bool
@@ -29,6 +30,9 @@ type model struct {
 	lastWrite atomic.Int64 // Unix nanoseconds
 	ends      leaseEnds
 }
+
+// modelIDs are OpenFGA's.
+type modelIDs struct{ store, version string }
 
 var stripeSeed = maphash.MakeSeed()
 

@@ -39,8 +39,13 @@ func (e *Engine) SetModels(ctx context.Context, list []Model) error {
 		if one.Name == "" || next.byName[one.Name] != nil {
 			return fmt.Errorf("set relation model %q: it has no name or another's", one.Name)
 		}
-		m, err := e.loadModel(ctx, one, old.byName[one.Name])
+		m, err := e.load(ctx, one, old.byName[one.Name])
 		if err != nil {
+			for name, m := range next.byName {
+				if old.byName[name] != m {
+					m.abandon()
+				}
+			}
 			return fmt.Errorf("set relation model %q: %w", one.Name, err)
 		}
 		next.byName[one.Name] = m
@@ -53,6 +58,7 @@ func (e *Engine) SetModels(ctx context.Context, list []Model) error {
 	for name, m := range old.byName {
 		if next.byName[name] != m {
 			m.replaced.Store(true)
+			m.abandon()
 			e.opt.Changed(name)
 		}
 	}
@@ -65,7 +71,8 @@ func (e *Engine) ModelText(ctx context.Context, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	res, err := e.fga.ReadAuthorizationModel(ctx, &openfgav1.ReadAuthorizationModelRequest{StoreId: m.store, Id: m.version})
+	ids := m.ids.Load()
+	res, err := m.backend.ReadAuthorizationModel(ctx, &openfgav1.ReadAuthorizationModelRequest{StoreId: ids.store, Id: ids.version})
 	if err != nil {
 		return "", fmt.Errorf("read relation model %q: %w", m.name, err)
 	}
@@ -84,7 +91,21 @@ func (e *Engine) find(name string) (*model, error) {
 	if m == nil {
 		return nil, fmt.Errorf("find relation model %q: %w", name, ErrNoModel)
 	}
+	if m.ids.Load() == nil {
+		return nil, fmt.Errorf("relation model %q: %w", name, m.unanswered())
+	}
 	return m, nil
+}
+
+// load makes a model usable, in this process or elsewhere.
+func (e *Engine) load(ctx context.Context, one Model, old *model) (*model, error) {
+	if one.Remote != nil {
+		return e.loadRemote(one, old)
+	}
+	if old != nil && old.remote != nil {
+		old = nil
+	}
+	return e.loadModel(ctx, one, old)
 }
 
 // loadModel brings a model's text into the store, as a new version only where
@@ -103,11 +124,12 @@ func (e *Engine) loadModel(ctx context.Context, one Model, old *model) (*model, 
 	if err != nil {
 		return nil, err
 	}
-	if old != nil && old.store == store && old.version == version {
+	if old != nil && *old.ids.Load() == (modelIDs{store, version}) {
 		return old, nil
 	}
 	m := describe(parsed)
-	m.name, m.store, m.version = one.Name, store, version
+	m.name, m.backend = one.Name, e.fga
+	m.ids.Store(&modelIDs{store, version})
 	e.opt.Log.Info("relation model in use", "model", one.Name, "version", version)
 	m.lastWrite.Store(e.now().UnixNano())
 	if m.leases {

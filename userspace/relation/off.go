@@ -69,3 +69,6 @@ func (e *Engine) ListObjects(context.Context, string, string, string, string) ([
 func (e *Engine) Reconcile(context.Context, string, []Tuple) (Reconciled, error) {
 	return Reconciled{}, errNotBuilt
 }
+
+// bound is nothing: no model has anything to answer its questions.
+type bound struct{}

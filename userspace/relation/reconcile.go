@@ -39,6 +39,12 @@ func (e *Engine) Reconcile(ctx context.Context, model string, wanted []Tuple) (R
 	}
 	e.write.Lock()
 	defer e.write.Unlock()
+	if m := e.models.Load().find(model); m != nil && m.remote != nil {
+		if len(want) > 0 {
+			return done, fmt.Errorf("reconcile relations of model %q: its engine is elsewhere", m.name)
+		}
+		return done, nil // what it holds is not from files
+	}
 	m, err := e.find(model)
 	if err != nil {
 		return done, fmt.Errorf("reconcile relations: %w", err)
@@ -104,7 +110,7 @@ func (e *Engine) reconcile(ctx context.Context, m *model, want map[Tuple]Tuple, 
 // marks returns the tuples that came from files, and of each whether it is
 // withheld.
 func (e *Engine) marks(ctx context.Context, m *model) (map[Tuple]bool, error) {
-	rows, err := e.db.QueryContext(ctx, "SELECT user, relation, object, withheld FROM sallyport_file_tuple WHERE store = ?", m.store)
+	rows, err := e.db.QueryContext(ctx, "SELECT user, relation, object, withheld FROM sallyport_file_tuple WHERE store = ?", m.ids.Load().store)
 	if err != nil {
 		return nil, fmt.Errorf("read marks: %w", err)
 	}
@@ -138,6 +144,9 @@ func (e *Engine) unmark(ctx context.Context, m *model, tuples []Tuple) error {
 }
 
 func (e *Engine) eachMark(ctx context.Context, m *model, tuples []Tuple, statement string, first ...any) error {
+	if m.remote != nil {
+		return nil // nothing of it is from files
+	}
 	tx, err := e.db.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("mark tuples: %w", err)
@@ -145,7 +154,7 @@ func (e *Engine) eachMark(ctx context.Context, m *model, tuples []Tuple, stateme
 	defer tx.Rollback()
 	for i := range tuples {
 		t := &tuples[i]
-		args := append(slices.Clone(first), m.store, t.User, t.Relation, t.Object)
+		args := append(slices.Clone(first), m.ids.Load().store, t.User, t.Relation, t.Object)
 		if _, err := tx.ExecContext(ctx, statement, args...); err != nil {
 			return fmt.Errorf("mark tuples: %w", err)
 		}

@@ -3,8 +3,11 @@
 package relation
 
 import (
+	"context"
+	"crypto/x509"
 	"errors"
 	"log/slog"
+	"net"
 	"time"
 )
 
@@ -32,7 +35,11 @@ type Options struct {
 	// or a new version of it, so that live connections can be judged again.
 	// It must not block nor call the Engine. May be nil.
 	Changed func(model string)
-	Log     *slog.Logger // nil: none
+	// Dial connects to the engine of a model that is elsewhere, and returns the
+	// pre-shared key that it is to be shown, "" for none. Nil: there is no way.
+	Dial  func(ctx context.Context, model string) (conn net.Conn, secret string, err error)
+	Roots *x509.CertPool // that the certificates of such engines lead to; nil: the system's
+	Log   *slog.Logger   // nil: none
 }
 
 // Model is a RelationModel: its name (namespace/name) and its text, in
@@ -41,6 +48,14 @@ type Options struct {
 type Model struct {
 	Name string
 	Text string
+	// Remote is where its engine is, nil for this process.
+	Remote *Remote
+}
+
+// Remote is an OpenFGA server elsewhere, spoken to in TLS.
+type Remote struct {
+	Address string // HOST:PORT; the host is what its certificate must name
+	Store   string // the name of the store
 }
 
 // Answer is whether the relation holds.
@@ -93,6 +108,9 @@ func (o *Options) defaults() {
 	}
 	if o.Changed == nil {
 		o.Changed = func(string) {}
+	}
+	if o.Dial == nil {
+		o.Dial = func(context.Context, string) (net.Conn, string, error) { return nil, "", errUnavailable }
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)

@@ -26,7 +26,7 @@ func TestRestart(t *testing.T) {
 	must(t, e.SetModels(ctx, models))
 	must(t, e.Write(ctx, "shop/shop", tuples(t, "user:alice can_pay account:1", "user:bob can_pay account:1")))
 	must(t, e.Delete(ctx, "shop/shop", tuples(t, "user:bob can_pay account:1")))
-	version := e.models.Load().byName["shop/shop"].version
+	version := e.models.Load().byName["shop/shop"].ids.Load().version
 	must(t, e.Close())
 	if _, reason, _ := e.Check(ctx, "shop/shop", "user:alice", "can_pay", "account:1"); reason != flow.ReasonRelationUnavailable {
 		t.Fatalf("a closed engine answers %q", reason)
@@ -37,7 +37,7 @@ func TestRestart(t *testing.T) {
 	for range 2 {
 		e = openEngine(t, dir, Options{})
 		must(t, e.SetModels(ctx, models))
-		if got := e.models.Load().byName["shop/shop"].version; got != version {
+		if got := e.models.Load().byName["shop/shop"].ids.Load().version; got != version {
 			t.Fatalf("the same model became version %s after %s", got, version)
 		}
 		for user, want := range map[string]flow.Reason{"user:alice": flow.ReasonOK, "user:bob": flow.ReasonRelation} {
@@ -131,7 +131,7 @@ func TestOneProcessAtATime(t *testing.T) {
 func TestEngineTooSlowDenies(t *testing.T) {
 	e := openEngine(t, t.TempDir(), Options{Timeout: time.Second, Parallel: 1})
 	ctx := context.Background()
-	must(t, e.SetModels(ctx, []Model{{"a/a", testModel}}))
+	must(t, e.SetModels(ctx, []Model{{Name: "a/a", Text: testModel}}))
 	must(t, e.Write(ctx, "", tuples(t, "user:alice can_pay account:1")))
 	e.slots <- struct{}{} // the engine works on something that does not end
 	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
@@ -152,7 +152,7 @@ func TestEngineTooSlowDenies(t *testing.T) {
 // more of them: many at once must not starve each other.
 func TestManyWideQuestionsAtOnce(t *testing.T) {
 	e, ctx := openEngine(t, t.TempDir(), Options{Timeout: time.Minute}), context.Background()
-	must(t, e.SetModels(ctx, []Model{{"shop/shop", plainModel}}))
+	must(t, e.SetModels(ctx, []Model{{Name: "shop/shop", Text: plainModel}}))
 	for a := range 60 {
 		some := []Tuple{{User: fmt.Sprintf("group:g%d#member", a), Relation: "can_pay", Object: "account:1"}}
 		for b := range 3 {
@@ -181,7 +181,7 @@ func TestCloseLeavesNothingBehind(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 3 {
 		e := openEngine(t, t.TempDir(), Options{})
-		must(t, e.SetModels(context.Background(), []Model{{"a/a", testModel}}))
+		must(t, e.SetModels(context.Background(), []Model{{Name: "a/a", Text: testModel}}))
 		must(t, e.Write(context.Background(), "", tuples(t, "user:alice can_pay account:1")))
 		ask(t, e, "user:alice can_pay account:1")
 		must(t, e.Close())

@@ -106,7 +106,7 @@ func (e *Engine) put(ctx context.Context, m *model, tuples []Tuple) error {
 		}
 	}
 	return e.stored(m, tuples, func() error {
-		_, err := e.fga.Write(ctx, &openfgav1.WriteRequest{StoreId: m.store, AuthorizationModelId: m.version, Writes: writes})
+		_, err := m.backend.Write(ctx, &openfgav1.WriteRequest{StoreId: m.ids.Load().store, AuthorizationModelId: m.ids.Load().version, Writes: writes})
 		return err
 	})
 }
@@ -121,7 +121,7 @@ func (e *Engine) remove(ctx context.Context, m *model, tuples []Tuple) error {
 		}
 	}
 	return e.stored(m, tuples, func() error {
-		_, err := e.fga.Write(ctx, &openfgav1.WriteRequest{StoreId: m.store, AuthorizationModelId: m.version, Deletes: deletes})
+		_, err := m.backend.Write(ctx, &openfgav1.WriteRequest{StoreId: m.ids.Load().store, AuthorizationModelId: m.ids.Load().version, Deletes: deletes})
 		return err
 	})
 }
@@ -129,7 +129,15 @@ func (e *Engine) remove(ctx context.Context, m *model, tuples []Tuple) error {
 // get looks one tuple up by its whole key, which OpenFGA's Read does by
 // sorting all of the object's.
 func (e *Engine) get(ctx context.Context, m *model, t *Tuple) (Tuple, bool, error) {
-	found, err := e.tuples.ReadUserTuple(ctx, m.store, storage.ReadUserTupleFilter{User: t.User, Relation: t.Relation, Object: t.Object}, storage.ReadUserTupleOptions{})
+	if m.remote != nil {
+		res, err := m.backend.Read(ctx, &openfgav1.ReadRequest{StoreId: m.ids.Load().store, PageSize: wrapperspb.Int32(1), Consistency: openfgav1.ConsistencyPreference_HIGHER_CONSISTENCY,
+			TupleKey: &openfgav1.ReadRequestTupleKey{User: t.User, Relation: t.Relation, Object: t.Object}})
+		if err != nil || len(res.GetTuples()) == 0 {
+			return Tuple{}, false, err
+		}
+		return fromKey(res.GetTuples()[0].GetKey()), true, nil
+	}
+	found, err := e.tuples.ReadUserTuple(ctx, m.ids.Load().store, storage.ReadUserTupleFilter{User: t.User, Relation: t.Relation, Object: t.Object}, storage.ReadUserTupleOptions{})
 	if errors.Is(err, storage.ErrNotFound) {
 		return Tuple{}, false, nil
 	}
@@ -164,13 +172,13 @@ func (e *Engine) Read(ctx context.Context, model string, like Tuple, limit int) 
 // scan calls yield for the matching tuples until it returns false.
 func (e *Engine) scan(ctx context.Context, m *model, like Tuple, yield func(Tuple) bool) error {
 	req := &openfgav1.ReadRequest{
-		StoreId: m.store, PageSize: wrapperspb.Int32(100), Consistency: openfgav1.ConsistencyPreference_HIGHER_CONSISTENCY,
+		StoreId: m.ids.Load().store, PageSize: wrapperspb.Int32(100), Consistency: openfgav1.ConsistencyPreference_HIGHER_CONSISTENCY,
 	}
 	if like.User != "" || like.Relation != "" || like.Object != "" {
 		req.TupleKey = &openfgav1.ReadRequestTupleKey{User: like.User, Relation: like.Relation, Object: like.Object}
 	}
 	for {
-		res, err := e.fga.Read(ctx, req)
+		res, err := m.backend.Read(ctx, req)
 		if err != nil {
 			return err
 		}
@@ -196,7 +204,7 @@ func (e *Engine) ListObjects(ctx context.Context, model, subject, relation, obje
 		return nil, fmt.Errorf("list objects: %w", errQuestion)
 	}
 	req := &openfgav1.ListObjectsRequest{
-		StoreId: m.store, AuthorizationModelId: m.version, Type: objectType, Relation: relation, User: subject,
+		StoreId: m.ids.Load().store, AuthorizationModelId: m.ids.Load().version, Type: objectType, Relation: relation, User: subject,
 		Consistency: openfgav1.ConsistencyPreference_HIGHER_CONSISTENCY,
 	}
 	if m.leases || m.foreign {
@@ -204,7 +212,7 @@ func (e *Engine) ListObjects(ctx context.Context, model, subject, relation, obje
 			"now": structpb.NewStringValue(e.now().UTC().Format(time.RFC3339Nano)),
 		}}
 	}
-	res, err := e.fga.ListObjects(ctx, req)
+	res, err := m.backend.ListObjects(ctx, req)
 	if err != nil {
 		return nil, fmt.Errorf("list objects of model %q: %w", m.name, err)
 	}

@@ -196,7 +196,7 @@ func TestChangedIsTold(t *testing.T) {
 	var told []string
 	e := openEngine(t, t.TempDir(), Options{Changed: func(m string) { told = append(told, m) }})
 	ctx := context.Background()
-	must(t, e.SetModels(ctx, []Model{{"a/a", testModel}}))
+	must(t, e.SetModels(ctx, []Model{{Name: "a/a", Text: testModel}}))
 	must(t, e.Write(ctx, "", tuples(t, "user:alice can_pay account:1")))
 	must(t, e.Delete(ctx, "", tuples(t, "user:alice can_pay account:1")))
 	must(t, e.SetModels(ctx, nil))

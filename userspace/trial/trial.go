@@ -115,6 +115,9 @@ func (t *Trial) openRelations(ctx context.Context) error {
 		return err
 	}
 	models, tuples := pipeline.Models(t.plan)
+	for n := range models {
+		models[n].Remote = nil // nobody elsewhere is asked
+	}
 	if err := t.relations.SetModels(ctx, models); err != nil {
 		return fmt.Errorf("set relation models: %w", err)
 	}

@@ -171,6 +171,7 @@ type Message struct {
 	//	*Message_AppSign
 	//	*Message_DialIssuer
 	//	*Message_Introspect
+	//	*Message_DialEngine
 	//	*Message_PoliciesReply
 	//	*Message_RelationReply
 	//	*Message_StatusReply
@@ -180,6 +181,7 @@ type Message struct {
 	//	*Message_ExplainReply
 	//	*Message_AppSignReply
 	//	*Message_IntrospectReply
+	//	*Message_DialEngineReply
 	Body          isMessage_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -482,6 +484,15 @@ func (x *Message) GetIntrospect() *Introspect {
 	return nil
 }
 
+func (x *Message) GetDialEngine() *DialEngine {
+	if x != nil {
+		if x, ok := x.Body.(*Message_DialEngine); ok {
+			return x.DialEngine
+		}
+	}
+	return nil
+}
+
 func (x *Message) GetPoliciesReply() *PoliciesReply {
 	if x != nil {
 		if x, ok := x.Body.(*Message_PoliciesReply); ok {
@@ -558,6 +569,15 @@ func (x *Message) GetIntrospectReply() *IntrospectReply {
 	if x != nil {
 		if x, ok := x.Body.(*Message_IntrospectReply); ok {
 			return x.IntrospectReply
+		}
+	}
+	return nil
+}
+
+func (x *Message) GetDialEngineReply() *DialEngineReply {
+	if x != nil {
+		if x, ok := x.Body.(*Message_DialEngineReply); ok {
+			return x.DialEngineReply
 		}
 	}
 	return nil
@@ -669,6 +689,10 @@ type Message_Introspect struct {
 	Introspect *Introspect `protobuf:"bytes,49,opt,name=introspect,proto3,oneof"` // request
 }
 
+type Message_DialEngine struct {
+	DialEngine *DialEngine `protobuf:"bytes,50,opt,name=dial_engine,json=dialEngine,proto3,oneof"` // request
+}
+
 type Message_PoliciesReply struct {
 	// replies
 	PoliciesReply *PoliciesReply `protobuf:"bytes,60,opt,name=policies_reply,json=policiesReply,proto3,oneof"`
@@ -704,6 +728,10 @@ type Message_AppSignReply struct {
 
 type Message_IntrospectReply struct {
 	IntrospectReply *IntrospectReply `protobuf:"bytes,68,opt,name=introspect_reply,json=introspectReply,proto3,oneof"`
+}
+
+type Message_DialEngineReply struct {
+	DialEngineReply *DialEngineReply `protobuf:"bytes,69,opt,name=dial_engine_reply,json=dialEngineReply,proto3,oneof"` // 1 descriptor where error is empty
 }
 
 func (*Message_Start) isMessage_Body() {}
@@ -756,6 +784,8 @@ func (*Message_DialIssuer) isMessage_Body() {}
 
 func (*Message_Introspect) isMessage_Body() {}
 
+func (*Message_DialEngine) isMessage_Body() {}
+
 func (*Message_PoliciesReply) isMessage_Body() {}
 
 func (*Message_RelationReply) isMessage_Body() {}
@@ -773,6 +803,8 @@ func (*Message_ExplainReply) isMessage_Body() {}
 func (*Message_AppSignReply) isMessage_Body() {}
 
 func (*Message_IntrospectReply) isMessage_Body() {}
+
+func (*Message_DialEngineReply) isMessage_Body() {}
 
 // Start is the first message of all.
 type Start struct {
@@ -2642,6 +2674,104 @@ func (x *DialIssuer) GetIssuer() string {
 	return ""
 }
 
+// DialEngine asks for a connection to the relation engine of a model that is
+// elsewhere, made outside all workloads, and for the key that it is to be shown.
+type DialEngine struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Model         string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DialEngine) Reset() {
+	*x = DialEngine{}
+	mi := &file_linepb_line_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DialEngine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DialEngine) ProtoMessage() {}
+
+func (x *DialEngine) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DialEngine.ProtoReflect.Descriptor instead.
+func (*DialEngine) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *DialEngine) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+type DialEngineReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Secret        string                 `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DialEngineReply) Reset() {
+	*x = DialEngineReply{}
+	mi := &file_linepb_line_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DialEngineReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DialEngineReply) ProtoMessage() {}
+
+func (x *DialEngineReply) ProtoReflect() protoreflect.Message {
+	mi := &file_linepb_line_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DialEngineReply.ProtoReflect.Descriptor instead.
+func (*DialEngineReply) Descriptor() ([]byte, []int) {
+	return file_linepb_line_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *DialEngineReply) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *DialEngineReply) GetSecret() string {
+	if x != nil {
+		return x.Secret
+	}
+	return ""
+}
+
 // Introspect asks an issuer about a token (RFC 7662), with credentials that
 // the agent has.
 type Introspect struct {
@@ -2654,7 +2784,7 @@ type Introspect struct {
 
 func (x *Introspect) Reset() {
 	*x = Introspect{}
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2666,7 +2796,7 @@ func (x *Introspect) String() string {
 func (*Introspect) ProtoMessage() {}
 
 func (x *Introspect) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[34]
+	mi := &file_linepb_line_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2679,7 +2809,7 @@ func (x *Introspect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Introspect.ProtoReflect.Descriptor instead.
 func (*Introspect) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{34}
+	return file_linepb_line_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Introspect) GetIssuer() string {
@@ -2706,7 +2836,7 @@ type IntrospectReply struct {
 
 func (x *IntrospectReply) Reset() {
 	*x = IntrospectReply{}
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2718,7 +2848,7 @@ func (x *IntrospectReply) String() string {
 func (*IntrospectReply) ProtoMessage() {}
 
 func (x *IntrospectReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[35]
+	mi := &file_linepb_line_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2731,7 +2861,7 @@ func (x *IntrospectReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntrospectReply.ProtoReflect.Descriptor instead.
 func (*IntrospectReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{35}
+	return file_linepb_line_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *IntrospectReply) GetError() string {
@@ -2758,7 +2888,7 @@ type DialReply struct {
 
 func (x *DialReply) Reset() {
 	*x = DialReply{}
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +2900,7 @@ func (x *DialReply) String() string {
 func (*DialReply) ProtoMessage() {}
 
 func (x *DialReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[36]
+	mi := &file_linepb_line_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +2913,7 @@ func (x *DialReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialReply.ProtoReflect.Descriptor instead.
 func (*DialReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{36}
+	return file_linepb_line_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DialReply) GetError() string {
@@ -2811,7 +2941,7 @@ type Sign struct {
 
 func (x *Sign) Reset() {
 	*x = Sign{}
-	mi := &file_linepb_line_proto_msgTypes[37]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2823,7 +2953,7 @@ func (x *Sign) String() string {
 func (*Sign) ProtoMessage() {}
 
 func (x *Sign) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[37]
+	mi := &file_linepb_line_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2836,7 +2966,7 @@ func (x *Sign) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sign.ProtoReflect.Descriptor instead.
 func (*Sign) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{37}
+	return file_linepb_line_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Sign) GetId() string {
@@ -2863,7 +2993,7 @@ type SignReply struct {
 
 func (x *SignReply) Reset() {
 	*x = SignReply{}
-	mi := &file_linepb_line_proto_msgTypes[38]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +3005,7 @@ func (x *SignReply) String() string {
 func (*SignReply) ProtoMessage() {}
 
 func (x *SignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[38]
+	mi := &file_linepb_line_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +3018,7 @@ func (x *SignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignReply.ProtoReflect.Descriptor instead.
 func (*SignReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{38}
+	return file_linepb_line_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *SignReply) GetError() string {
@@ -2922,7 +3052,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_linepb_line_proto_msgTypes[39]
+	mi := &file_linepb_line_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2934,7 +3064,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[39]
+	mi := &file_linepb_line_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2947,7 +3077,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{39}
+	return file_linepb_line_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Verdict) GetSourceIdentity() uint32 {
@@ -3008,7 +3138,7 @@ type VerdictReply struct {
 
 func (x *VerdictReply) Reset() {
 	*x = VerdictReply{}
-	mi := &file_linepb_line_proto_msgTypes[40]
+	mi := &file_linepb_line_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3020,7 +3150,7 @@ func (x *VerdictReply) String() string {
 func (*VerdictReply) ProtoMessage() {}
 
 func (x *VerdictReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[40]
+	mi := &file_linepb_line_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3033,7 +3163,7 @@ func (x *VerdictReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerdictReply.ProtoReflect.Descriptor instead.
 func (*VerdictReply) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{40}
+	return file_linepb_line_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *VerdictReply) GetError() string {
@@ -3055,7 +3185,7 @@ type Decisions struct {
 
 func (x *Decisions) Reset() {
 	*x = Decisions{}
-	mi := &file_linepb_line_proto_msgTypes[41]
+	mi := &file_linepb_line_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3067,7 +3197,7 @@ func (x *Decisions) String() string {
 func (*Decisions) ProtoMessage() {}
 
 func (x *Decisions) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[41]
+	mi := &file_linepb_line_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3080,7 +3210,7 @@ func (x *Decisions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decisions.ProtoReflect.Descriptor instead.
 func (*Decisions) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{41}
+	return file_linepb_line_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Decisions) GetRecords() [][]byte {
@@ -3107,7 +3237,7 @@ type RefreshKeys struct {
 
 func (x *RefreshKeys) Reset() {
 	*x = RefreshKeys{}
-	mi := &file_linepb_line_proto_msgTypes[42]
+	mi := &file_linepb_line_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +3249,7 @@ func (x *RefreshKeys) String() string {
 func (*RefreshKeys) ProtoMessage() {}
 
 func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[42]
+	mi := &file_linepb_line_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +3262,7 @@ func (x *RefreshKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RefreshKeys.ProtoReflect.Descriptor instead.
 func (*RefreshKeys) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{42}
+	return file_linepb_line_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RefreshKeys) GetIssuer() string {
@@ -3156,7 +3286,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_linepb_line_proto_msgTypes[43]
+	mi := &file_linepb_line_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3168,7 +3298,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_linepb_line_proto_msgTypes[43]
+	mi := &file_linepb_line_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3181,7 +3311,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_linepb_line_proto_rawDescGZIP(), []int{43}
+	return file_linepb_line_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Revoke) GetKind() string {
@@ -3216,7 +3346,7 @@ var File_linepb_line_proto protoreflect.FileDescriptor
 
 const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
-	"\x11linepb/line.proto\x12\x0esallyport.line\"\xeb\x10\n" +
+	"\x11linepb/line.proto\x12\x0esallyport.line\"\xf9\x11\n" +
 	"\aMessage\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x14\n" +
@@ -3253,7 +3383,9 @@ const file_linepb_line_proto_rawDesc = "" +
 	"dialIssuer\x12<\n" +
 	"\n" +
 	"introspect\x181 \x01(\v2\x1a.sallyport.line.IntrospectH\x00R\n" +
-	"introspect\x12F\n" +
+	"introspect\x12=\n" +
+	"\vdial_engine\x182 \x01(\v2\x1a.sallyport.line.DialEngineH\x00R\n" +
+	"dialEngine\x12F\n" +
 	"\x0epolicies_reply\x18< \x01(\v2\x1d.sallyport.line.PoliciesReplyH\x00R\rpoliciesReply\x12F\n" +
 	"\x0erelation_reply\x18= \x01(\v2\x1d.sallyport.line.RelationReplyH\x00R\rrelationReply\x12@\n" +
 	"\fstatus_reply\x18> \x01(\v2\x1b.sallyport.line.StatusReplyH\x00R\vstatusReply\x12:\n" +
@@ -3264,7 +3396,8 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\rverdict_reply\x18A \x01(\v2\x1c.sallyport.line.VerdictReplyH\x00R\fverdictReply\x12C\n" +
 	"\rexplain_reply\x18B \x01(\v2\x1c.sallyport.line.ExplainReplyH\x00R\fexplainReply\x12D\n" +
 	"\x0eapp_sign_reply\x18C \x01(\v2\x1c.sallyport.line.AppSignReplyH\x00R\fappSignReply\x12L\n" +
-	"\x10introspect_reply\x18D \x01(\v2\x1f.sallyport.line.IntrospectReplyH\x00R\x0fintrospectReplyB\x06\n" +
+	"\x10introspect_reply\x18D \x01(\v2\x1f.sallyport.line.IntrospectReplyH\x00R\x0fintrospectReply\x12M\n" +
+	"\x11dial_engine_reply\x18E \x01(\v2\x1f.sallyport.line.DialEngineReplyH\x00R\x0fdialEngineReplyB\x06\n" +
 	"\x04body\"\x8d\x02\n" +
 	"\x05Start\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12!\n" +
@@ -3399,7 +3532,13 @@ const file_linepb_line_proto_rawDesc = "" +
 	"\n" +
 	"DialIssuer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06issuer\x18\x02 \x01(\tR\x06issuer\":\n" +
+	"\x06issuer\x18\x02 \x01(\tR\x06issuer\"\"\n" +
+	"\n" +
+	"DialEngine\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\"?\n" +
+	"\x0fDialEngineReply\x12\x14\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\x12\x16\n" +
+	"\x06secret\x18\x02 \x01(\tR\x06secret\":\n" +
 	"\n" +
 	"Introspect\x12\x16\n" +
 	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12\x14\n" +
@@ -3461,7 +3600,7 @@ func file_linepb_line_proto_rawDescGZIP() []byte {
 }
 
 var file_linepb_line_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_linepb_line_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_linepb_line_proto_goTypes = []any{
 	(ListenerKind)(0),       // 0: sallyport.line.ListenerKind
 	(DialKind)(0),           // 1: sallyport.line.DialKind
@@ -3499,16 +3638,18 @@ var file_linepb_line_proto_goTypes = []any{
 	(*Ready)(nil),           // 33: sallyport.line.Ready
 	(*Dial)(nil),            // 34: sallyport.line.Dial
 	(*DialIssuer)(nil),      // 35: sallyport.line.DialIssuer
-	(*Introspect)(nil),      // 36: sallyport.line.Introspect
-	(*IntrospectReply)(nil), // 37: sallyport.line.IntrospectReply
-	(*DialReply)(nil),       // 38: sallyport.line.DialReply
-	(*Sign)(nil),            // 39: sallyport.line.Sign
-	(*SignReply)(nil),       // 40: sallyport.line.SignReply
-	(*Verdict)(nil),         // 41: sallyport.line.Verdict
-	(*VerdictReply)(nil),    // 42: sallyport.line.VerdictReply
-	(*Decisions)(nil),       // 43: sallyport.line.Decisions
-	(*RefreshKeys)(nil),     // 44: sallyport.line.RefreshKeys
-	(*Revoke)(nil),          // 45: sallyport.line.Revoke
+	(*DialEngine)(nil),      // 36: sallyport.line.DialEngine
+	(*DialEngineReply)(nil), // 37: sallyport.line.DialEngineReply
+	(*Introspect)(nil),      // 38: sallyport.line.Introspect
+	(*IntrospectReply)(nil), // 39: sallyport.line.IntrospectReply
+	(*DialReply)(nil),       // 40: sallyport.line.DialReply
+	(*Sign)(nil),            // 41: sallyport.line.Sign
+	(*SignReply)(nil),       // 42: sallyport.line.SignReply
+	(*Verdict)(nil),         // 43: sallyport.line.Verdict
+	(*VerdictReply)(nil),    // 44: sallyport.line.VerdictReply
+	(*Decisions)(nil),       // 45: sallyport.line.Decisions
+	(*RefreshKeys)(nil),     // 46: sallyport.line.RefreshKeys
+	(*Revoke)(nil),          // 47: sallyport.line.Revoke
 }
 var file_linepb_line_proto_depIdxs = []int32{
 	3,  // 0: sallyport.line.Message.start:type_name -> sallyport.line.Start
@@ -3528,39 +3669,41 @@ var file_linepb_line_proto_depIdxs = []int32{
 	20, // 14: sallyport.line.Message.app_certificates:type_name -> sallyport.line.AppCertificates
 	33, // 15: sallyport.line.Message.ready:type_name -> sallyport.line.Ready
 	34, // 16: sallyport.line.Message.dial:type_name -> sallyport.line.Dial
-	39, // 17: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
-	41, // 18: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
-	43, // 19: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
-	44, // 20: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
-	45, // 21: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
+	41, // 17: sallyport.line.Message.sign:type_name -> sallyport.line.Sign
+	43, // 18: sallyport.line.Message.verdict:type_name -> sallyport.line.Verdict
+	45, // 19: sallyport.line.Message.decisions:type_name -> sallyport.line.Decisions
+	46, // 20: sallyport.line.Message.refresh_keys:type_name -> sallyport.line.RefreshKeys
+	47, // 21: sallyport.line.Message.revoke:type_name -> sallyport.line.Revoke
 	22, // 22: sallyport.line.Message.app_sign:type_name -> sallyport.line.AppSign
 	35, // 23: sallyport.line.Message.dial_issuer:type_name -> sallyport.line.DialIssuer
-	36, // 24: sallyport.line.Message.introspect:type_name -> sallyport.line.Introspect
-	7,  // 25: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
-	26, // 26: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
-	28, // 27: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
-	38, // 28: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
-	40, // 29: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
-	42, // 30: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
-	30, // 31: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
-	23, // 32: sallyport.line.Message.app_sign_reply:type_name -> sallyport.line.AppSignReply
-	37, // 33: sallyport.line.Message.introspect_reply:type_name -> sallyport.line.IntrospectReply
-	4,  // 34: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
-	8,  // 35: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
-	0,  // 36: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
-	10, // 37: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
-	13, // 38: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
-	15, // 39: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
-	17, // 40: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
-	21, // 41: sallyport.line.AppCertificates.certificates:type_name -> sallyport.line.AppCertificate
-	24, // 42: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
-	24, // 43: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
-	1,  // 44: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
-	45, // [45:45] is the sub-list for method output_type
-	45, // [45:45] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	38, // 24: sallyport.line.Message.introspect:type_name -> sallyport.line.Introspect
+	36, // 25: sallyport.line.Message.dial_engine:type_name -> sallyport.line.DialEngine
+	7,  // 26: sallyport.line.Message.policies_reply:type_name -> sallyport.line.PoliciesReply
+	26, // 27: sallyport.line.Message.relation_reply:type_name -> sallyport.line.RelationReply
+	28, // 28: sallyport.line.Message.status_reply:type_name -> sallyport.line.StatusReply
+	40, // 29: sallyport.line.Message.dial_reply:type_name -> sallyport.line.DialReply
+	42, // 30: sallyport.line.Message.sign_reply:type_name -> sallyport.line.SignReply
+	44, // 31: sallyport.line.Message.verdict_reply:type_name -> sallyport.line.VerdictReply
+	30, // 32: sallyport.line.Message.explain_reply:type_name -> sallyport.line.ExplainReply
+	23, // 33: sallyport.line.Message.app_sign_reply:type_name -> sallyport.line.AppSignReply
+	39, // 34: sallyport.line.Message.introspect_reply:type_name -> sallyport.line.IntrospectReply
+	37, // 35: sallyport.line.Message.dial_engine_reply:type_name -> sallyport.line.DialEngineReply
+	4,  // 36: sallyport.line.PolicyFiles.files:type_name -> sallyport.line.PolicyFile
+	8,  // 37: sallyport.line.Identities.identities:type_name -> sallyport.line.Identity
+	0,  // 38: sallyport.line.Listener.kind:type_name -> sallyport.line.ListenerKind
+	10, // 39: sallyport.line.Listeners.listeners:type_name -> sallyport.line.Listener
+	13, // 40: sallyport.line.Addresses.netns:type_name -> sallyport.line.NetnsAddresses
+	15, // 41: sallyport.line.Trust.domains:type_name -> sallyport.line.TrustDomain
+	17, // 42: sallyport.line.Revocations.revocations:type_name -> sallyport.line.Revocation
+	21, // 43: sallyport.line.AppCertificates.certificates:type_name -> sallyport.line.AppCertificate
+	24, // 44: sallyport.line.RelationRequest.tuples:type_name -> sallyport.line.Tuple
+	24, // 45: sallyport.line.RelationReply.tuples:type_name -> sallyport.line.Tuple
+	1,  // 46: sallyport.line.Dial.kind:type_name -> sallyport.line.DialKind
+	47, // [47:47] is the sub-list for method output_type
+	47, // [47:47] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_linepb_line_proto_init() }
@@ -3594,6 +3737,7 @@ func file_linepb_line_proto_init() {
 		(*Message_AppSign)(nil),
 		(*Message_DialIssuer)(nil),
 		(*Message_Introspect)(nil),
+		(*Message_DialEngine)(nil),
 		(*Message_PoliciesReply)(nil),
 		(*Message_RelationReply)(nil),
 		(*Message_StatusReply)(nil),
@@ -3603,6 +3747,7 @@ func file_linepb_line_proto_init() {
 		(*Message_ExplainReply)(nil),
 		(*Message_AppSignReply)(nil),
 		(*Message_IntrospectReply)(nil),
+		(*Message_DialEngineReply)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3610,7 +3755,7 @@ func file_linepb_line_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_linepb_line_proto_rawDesc), len(file_linepb_line_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   44,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -164,3 +164,57 @@ func (a *Agent) checkIntrospection(issuers []*compile.Issuer) {
 		}
 	}
 }
+
+// dialEngine connects to the relation engine of a model, and hands its key
+// over. It may take long, so that nothing else waits for it.
+func (s *session) dialEngine(in *line.Incoming, q *linepb.DialEngine) {
+	answer := func(fd int, secret string, err error) {
+		reply := &linepb.DialEngineReply{Secret: secret}
+		m := &linepb.Message{Body: &linepb.Message_DialEngineReply{DialEngineReply: reply}}
+		if err != nil {
+			reply.Error = err.Error()
+			in.Reply(m) //nolint:errcheck // the line has ended
+			return
+		}
+		in.Reply(m, fd) //nolint:errcheck // the line has ended
+		unix.Close(fd)  //nolint:errcheck // a copy has been sent
+	}
+	model, err := s.a.engine(q)
+	if err == nil && s.a.issuerDials.Add(1) > maxIssuerDials {
+		s.a.issuerDials.Add(-1)
+		err = refuse(flow.ReasonOverload, "too many connections are being made")
+	}
+	if err != nil {
+		s.refused(metrics.LineDial, err)
+		answer(-1, "", err)
+		return
+	}
+	in.Later()
+	go func() {
+		defer s.a.issuerDials.Add(-1)
+		var secret string
+		var err error
+		if model.Credentials != "" {
+			secret, err = introspect.Secret(model.Credentials)
+		}
+		fd := -1
+		if err == nil {
+			fd, err = dialTCP(s.a.current, model.Address)
+		}
+		answer(fd, secret, err)
+	}()
+}
+
+// engine returns the model whose engine elsewhere userspace wants.
+func (a *Agent) engine(q *linepb.DialEngine) (*compile.Model, error) {
+	v := a.view.Load()
+	if v == nil {
+		return nil, refuse(flow.ReasonNotReady, "no policies are in force yet")
+	}
+	for _, m := range v.plan.Models() {
+		if m.FullName() == q.GetModel() && m.Address != "" {
+			return m, nil
+		}
+	}
+	return nil, refuse(flow.ReasonLineRefused, "dial engine: %q is no model with an engine elsewhere", q.GetModel())
+}
