@@ -108,6 +108,54 @@ spec: {issuer: "https://opaque.test", introspection: {url: "` + s.URL + `/intros
 	}
 }
 
+// A connection to a relation engine is made only for a model that has one.
+func TestDialOfAnEngine(t *testing.T) {
+	g := newGround(t)
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	credentials := filepath.Join(t.TempDir(), "key")
+	must(t, os.WriteFile(credentials, []byte("s3cret\n"), 0o600))
+	h := g.connect(nil).ready()
+	g.policy(obtaining(1) + `
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: RelationModel
+metadata: {name: far, namespace: t}
+spec: {engine: openfga, address: "` + l.Addr().String() + `", store: shop, credentials: "` + credentials + `"}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: RelationModel
+metadata: {name: near, namespace: t}
+spec: {}
+`)
+	ask := func(model string) (secret, why string, fds []int) {
+		t.Helper()
+		m, fds := h.ask(&linepb.Message{Body: &linepb.Message_DialEngine{DialEngine: &linepb.DialEngine{Model: model}}})
+		return m.GetDialEngineReply().GetSecret(), m.GetDialEngineReply().GetError(), fds
+	}
+	for _, model := range []string{"t/near", "t/none", "", l.Addr().String()} {
+		before := g.refusals("dial")
+		if secret, why, fds := ask(model); secret != "" || len(fds) != 0 || !strings.Contains(why, "no model with an engine elsewhere") || g.refusals("dial") != before+1 {
+			t.Errorf("%s: %q %q %v", model, secret, why, fds)
+		}
+	}
+	secret, why, fds := ask("t/far")
+	if secret != "s3cret" || why != "" || len(fds) != 1 {
+		t.Fatalf("%q %q %v", secret, why, fds)
+	}
+	unix.Close(fds[0])
+	must(t, os.Chmod(credentials, 0o644))
+	if secret, why, _ := ask("t/far"); secret != "" || !strings.Contains(why, "chmod 600") {
+		t.Errorf("a key for everybody: %q %q", secret, why)
+	}
+	must(t, os.Chmod(credentials, 0o600))
+	l.Close()
+	if secret, why, fds := ask("t/far"); why == "" || len(fds) != 0 || strings.Contains(why, "s3cret") {
+		t.Errorf("with nobody there: %q %q %v", secret, why, fds)
+	}
+}
+
 // A connection to an issuer is made only for an identity that obtains tokens
 // of it, and leads there whatever userspace may want.
 func TestDialOfAnIssuer(t *testing.T) {

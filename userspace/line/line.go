@@ -108,6 +108,10 @@ func descriptors(m *linepb.Message) int {
 		if b.DialReply.GetError() == "" {
 			return 1
 		}
+	case *linepb.Message_DialEngineReply:
+		if b.DialEngineReply.GetError() == "" {
+			return 1
+		}
 	}
 	return 0
 }
