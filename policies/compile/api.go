@@ -140,13 +140,18 @@ type TokenRule struct {
 	ACR       []string
 	MaxAge    time.Duration
 	Challenge string
+	// StepUpChallenge is that of an unusual call (Anomaly.StepUpMaxAge).
+	StepUpChallenge string
 }
 
 // Anomaly holds p-value thresholds; 0 is one that is not set.
 type Anomaly struct {
-	Warn, Throttle, Revoke, Terminate float64
-	WarmupRequests                    uint32
-	WarmupIdentities                  uint32
+	Warn, StepUp, Throttle, Revoke, Terminate float64
+	// StepUpMaxAge is how long ago the subject of a call under StepUp may have
+	// authenticated.
+	StepUpMaxAge     time.Duration
+	WarmupRequests   uint32
+	WarmupIdentities uint32
 	// IgnoreErrors lets a request pass that cannot be scored.
 	IgnoreErrors bool
 }

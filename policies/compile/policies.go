@@ -7,6 +7,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
@@ -18,6 +19,8 @@ const (
 	maxEntries        = 2_000_000
 	defaultWarmup     = 1000 // requests
 	defaultIdentities = 3
+
+	defaultStepUpMaxAge = 5 * time.Minute
 )
 
 type policyDoc = load.Doc[v1alpha1.APIPolicy]
@@ -78,7 +81,31 @@ func (c *compiler) api(d *policyDoc) *API {
 		}
 	}
 	c.rules(a, d)
+	c.stepUp(a, d)
 	return a
+}
+
+// stepUp refuses a challenge that callers could not meet: only with a token
+// can they show that they have authenticated.
+func (c *compiler) stepUp(a *API, d *policyDoc) {
+	if a.Anomaly == nil || d.Value.Spec.Anomaly.StepUp == nil {
+		return
+	}
+	for i, r := range a.Rules {
+		if !r.Deny && r.Token == nil {
+			c.report.Errorf(d.At("spec", "rules", i), "rule %q: asks for no token, by which its callers could answer anomaly.stepUp; add token, or take stepUp out", r.Name)
+		}
+	}
+	if a.OtherwiseAllow {
+		c.report.Errorf(d.At("spec", "otherwise"), "otherwise: allow asks for no token, by which callers could answer anomaly.stepUp; write deny, or take stepUp out")
+	}
+}
+
+// wholeSeconds refuses what a challenge cannot say.
+func (c *compiler) wholeSeconds(pos load.Position, field string, v time.Duration) {
+	if v%time.Second != 0 {
+		c.report.Errorf(pos, "%s: is not a number of whole seconds", field)
+	}
 }
 
 // servesAt warns of ports at which nobody finds the identity.
@@ -178,7 +205,7 @@ func (c *compiler) anomaly(d *policyDoc, s *v1alpha1.Anomaly) *Anomaly {
 		p    *v1alpha1.Probability
 		to   *float64
 	}{
-		{"warn", s.Warn, &a.Warn}, {"throttle", s.Throttle, &a.Throttle},
+		{"warn", s.Warn, &a.Warn}, {"stepUp", s.StepUp, &a.StepUp}, {"throttle", s.Throttle, &a.Throttle},
 		{"revoke", s.Revoke, &a.Revoke}, {"terminate", s.Terminate, &a.Terminate},
 	} {
 		if t.p == nil {
@@ -192,7 +219,16 @@ func (c *compiler) anomaly(d *policyDoc, s *v1alpha1.Anomaly) *Anomaly {
 		last, lastName = *t.to, t.name
 	}
 	if !some {
-		c.report.Errorf(d.Key("spec", "anomaly"), "anomaly: no threshold is set; give warn, throttle, revoke or terminate")
+		c.report.Errorf(d.Key("spec", "anomaly"), "anomaly: no threshold is set; give warn, stepUp, throttle, revoke or terminate")
+	}
+	switch {
+	case s.StepUpMaxAge != nil && s.StepUp == nil:
+		c.report.Errorf(d.Key("spec", "anomaly", "stepUpMaxAge"), "stepUpMaxAge: goes with stepUp")
+	case s.StepUpMaxAge != nil:
+		a.StepUpMaxAge = time.Duration(*s.StepUpMaxAge)
+		c.wholeSeconds(d.At("spec", "anomaly", "stepUpMaxAge"), "stepUpMaxAge", a.StepUpMaxAge)
+	case s.StepUp != nil:
+		a.StepUpMaxAge = defaultStepUpMaxAge
 	}
 	if w := s.Warmup; w != nil {
 		for _, n := range [...]struct {

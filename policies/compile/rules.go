@@ -386,7 +386,7 @@ func (c *compiler) token(a *API, r *ruleSource) {
 			c.report.Errorf(r.at("token", "scopes", i), "scopes: %q is not a scope", s)
 		}
 	}
-	c.authentication(r, t)
+	c.authentication(a, r, t)
 	if t.BoundTo == "dpop" {
 		r.Token.Bound = BoundDPoP
 	}
@@ -399,8 +399,8 @@ func (c *compiler) token(a *API, r *ruleSource) {
 }
 
 // authentication reads how and when the token's subject must have
-// authenticated.
-func (c *compiler) authentication(r *ruleSource, t *v1alpha1.Token) {
+// authenticated, always and for an unusual call.
+func (c *compiler) authentication(a *API, r *ruleSource, t *v1alpha1.Token) {
 	r.Token.ACR = t.ACR
 	c.distinct(&r.doc.Document, "acr", t.ACR, "spec", "rules", r.index, "token", "acr")
 	for i, s := range t.ACR {
@@ -409,16 +409,29 @@ func (c *compiler) authentication(r *ruleSource, t *v1alpha1.Token) {
 			c.report.Errorf(r.at("token", "acr", i), "acr: %q is not an authentication context class", s)
 		}
 	}
-	if t.ACR != nil {
-		r.Token.Challenge = `, acr_values="` + strings.Join(t.ACR, " ") + `"`
-	}
 	if t.MaxAge != nil {
 		r.Token.MaxAge = time.Duration(*t.MaxAge)
-		if r.Token.MaxAge%time.Second != 0 {
-			c.report.Errorf(r.at("token", "maxAge"), "maxAge: is not a number of whole seconds")
-		}
-		r.Token.Challenge += ", max_age=" + strconv.FormatInt(int64(r.Token.MaxAge/time.Second), 10)
+		c.wholeSeconds(r.at("token", "maxAge"), "maxAge", r.Token.MaxAge)
 	}
+	r.Token.Challenge = challenge(t.ACR, r.Token.MaxAge)
+	if a.Anomaly == nil || a.Anomaly.StepUpMaxAge == 0 {
+		return
+	}
+	r.Token.StepUpChallenge = challenge(t.ACR, a.Anomaly.StepUpMaxAge)
+	if t.MaxAge != nil && r.Token.MaxAge <= a.Anomaly.StepUpMaxAge {
+		c.report.Warnf(r.at("token", "maxAge"), "maxAge: asks of every call what anomaly.stepUp would ask of unusual ones; give stepUpMaxAge less")
+	}
+}
+
+// challenge is what RFC 9470 section 3 adds to WWW-Authenticate.
+func challenge(acr []string, maxAge time.Duration) (s string) {
+	if acr != nil {
+		s = `, acr_values="` + strings.Join(acr, " ") + `"`
+	}
+	if maxAge > 0 {
+		s += ", max_age=" + strconv.FormatInt(int64(maxAge/time.Second), 10)
+	}
+	return s
 }
 
 func (r *Rule) boundToMTLS() bool { return r.Token != nil && r.Token.Bound == BoundMTLS }

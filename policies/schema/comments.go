@@ -18,6 +18,8 @@ var comments = map[string]string{
 	"Anomaly":                           "Anomaly says what is done at which p-value.",
 	"Anomaly.FalsePositives":            "FalsePositives is how many actions upon normal calls are acceptable, as NUMBER/UNIT with hour, day or week: what calibrates the thresholds.",
 	"Anomaly.OnError":                   "OnError is for this stage alone; deny if absent.",
+	"Anomaly.StepUp":                    "StepUp asks for a token whose subject has authenticated of late (RFC 9470), and lets the same call pass with one.",
+	"Anomaly.StepUpMaxAge":              "StepUpMaxAge is how long ago that may have been; 5m if absent.",
 	"Anomaly.Warmup":                    "Warmup is how long nothing is done; 1000 requests of 3 identities if absent.",
 	"App":                               "App says what the application itself does.",
 	"App.CA":                            "CA is the absolute path of a PEM file with the roots that the application's own certificate must lead to; for reencrypt.",

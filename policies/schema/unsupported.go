@@ -15,7 +15,6 @@ var unsupported = map[string]bool{
 
 	"APIPolicySpec.onError=cached": true,
 	"Token.boundTo=signature":      true,
-	"Anomaly.stepUp":               true,
 	"Anomaly.falsePositives":       true,
 }
 

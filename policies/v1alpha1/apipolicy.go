@@ -118,8 +118,13 @@ func (r *Relation) UnmarshalText(b []byte) error {
 
 // Anomaly says what is done at which p-value.
 type Anomaly struct {
-	Warn      *Probability `json:"warn"`
-	StepUp    *Probability `json:"stepUp"`
+	Warn *Probability `json:"warn"`
+	// StepUp asks for a token whose subject has authenticated of late (RFC
+	// 9470), and lets the same call pass with one.
+	StepUp *Probability `json:"stepUp"`
+	// StepUpMaxAge is how long ago that may have been; 5m if absent.
+	StepUpMaxAge *Duration `json:"stepUpMaxAge"`
+
 	Throttle  *Probability `json:"throttle"`
 	Revoke    *Probability `json:"revoke"`
 	Terminate *Probability `json:"terminate"`

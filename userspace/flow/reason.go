@@ -119,6 +119,7 @@ const (
 	ReasonRelationTemplate    Reason = "relation_template" // a value that a relation cannot take
 	ReasonRelationUnavailable Reason = "relation_unavailable"
 	ReasonAnomaly             Reason = "anomaly"
+	ReasonAnomalyStepUp       Reason = "anomaly_step_up" // unusual, and no fresh authentication (RFC 9470)
 	ReasonThrottled           Reason = "throttled"
 	ReasonAnomalyErr          Reason = "anomaly_err"
 )
@@ -168,7 +169,7 @@ func (r Reason) Status() int {
 	case ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenAlgorithm,
 		ReasonTokenHeader, ReasonTokenType, ReasonTokenIssuer, ReasonTokenAudience, ReasonTokenKey,
 		ReasonTokenSignature, ReasonTokenExpired, ReasonTokenNotYet, ReasonTokenLifetime, ReasonTokenClaims,
-		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonTokenInactive, ReasonStepUp,
+		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonTokenInactive, ReasonStepUp, ReasonAnomalyStepUp,
 		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed:
 		return 401
 	case ReasonTimeout:
@@ -189,6 +190,10 @@ func (r Reason) Status() int {
 	}
 	return 403
 }
+
+// StepUp says whether a stronger or fresher authentication mends it, so that
+// its challenge is that of RFC 9470.
+func (r Reason) StepUp() bool { return r == ReasonStepUp || r == ReasonAnomalyStepUp }
 
 // GRPC returns the status code of gRPC that a refused call gets: the code of
 // google.rpc.Code that stands for Status.
@@ -233,7 +238,7 @@ func (r Reason) Told(proven bool) Reason {
 		ReasonTokenScope, ReasonStepUp,
 		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed,
 		ReasonMalformed, ReasonTooLarge, ReasonTarget, ReasonHeaderAmbiguous, ReasonUpgrade, ReasonNotHTTP, ReasonNotGRPC, ReasonTimeout,
-		ReasonThrottled:
+		ReasonThrottled, ReasonAnomalyStepUp:
 		return r
 	}
 	return ReasonOK

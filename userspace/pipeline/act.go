@@ -39,8 +39,8 @@ func (r *run) anomaly(m *compile.Match) {
 	}
 	r.p.opt.Anomalies.Read(&r.sample, key, r.req)
 	sc := r.p.opt.Anomalies.Score(&r.sample)
-	if sc.Warm && sc.P <= max(a.Warn, a.Throttle, a.Revoke, a.Terminate) {
-		if r.act(a, &sc) {
+	if sc.Warm && sc.P <= max(a.Warn, a.StepUp, a.Throttle, a.Revoke, a.Terminate) {
+		if r.act(a, m, &sc) {
 			return
 		}
 	} else {
@@ -51,7 +51,7 @@ func (r *run) anomaly(m *compile.Match) {
 
 // act does what the lowest threshold that P is under asks for, and says
 // whether the request is refused.
-func (r *run) act(a *compile.Anomaly, sc *anomaly.Score) bool {
+func (r *run) act(a *compile.Anomaly, m *compile.Match, sc *anomaly.Score) bool {
 	detail := explain(sc)
 	d := r.d
 	under := func(threshold float64) bool { return sc.P <= threshold }
@@ -71,11 +71,32 @@ func (r *run) act(a *compile.Anomaly, sc *anomaly.Score) bool {
 	case under(a.Throttle) || under(a.Terminate) || under(a.Revoke):
 		r.refuse(flow.StageAnomaly, flow.ReasonThrottled, detail)
 		d.Effect = flow.EffectThrottle
+	case under(a.StepUp) && !r.fresh(m, a.StepUpMaxAge):
+		r.refuse(flow.StageAnomaly, flow.ReasonAnomalyStepUp, detail)
+		d.Effect = flow.EffectStepUp
+	case under(a.StepUp):
+		detail = "the authentication is fresh; " + detail
+		fallthrough
 	default: // warn
 		r.step(flow.StageAnomaly, flow.ReasonOK, detail, d.Rule)
 		d.Detail = "unusual: " + detail
 		return false
 	}
+	return true
+}
+
+// fresh says whether the token that let the call in shows a fresh
+// authentication, on which it then rests; else the challenge is that of its
+// rule.
+func (r *run) fresh(m *compile.Match, maxAge time.Duration) bool {
+	if m == nil || m.Rule.Token == nil || r.verified == nil {
+		return false // the loader leaves no such rule
+	}
+	if !r.verified.Fresh(maxAge, r.now) {
+		r.d.Challenge = m.Rule.Token.StepUpChallenge
+		return false
+	}
+	r.until(r.verified.AuthTime.Add(maxAge))
 	return true
 }
 

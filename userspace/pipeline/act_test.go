@@ -64,6 +64,48 @@ func TestAnomalyWarns(t *testing.T) {
 	}
 }
 
+// TestAnomalyStepsUp challenges a caller whose authentication is not fresh,
+// and lets the same call pass once it is.
+func TestAnomalyStepsUp(t *testing.T) {
+	for _, mode := range []string{"enforce", "audit"} {
+		w := newWorld(t, mode)
+		authenticated := func(ago time.Duration) func(*flow.Request) {
+			return bearer(w.token(fmt.Sprintf("auth_time=%d", w.now.Add(-ago).Unix())))
+		}
+		w.warm("guarded", authenticated(time.Hour))
+		before := learned(w, "guarded")
+		for name, token := range map[string]func(*flow.Request){
+			"an hour ago": authenticated(time.Hour), "five minutes ago": authenticated(5 * time.Minute),
+			"in an hour": authenticated(-time.Hour), "never": bearer(w.token()),
+		} {
+			d := w.decide(w.request(injection, token), "guarded")
+			if d.Effect != flow.EffectStepUp || d.Stage != flow.StageAnomaly || d.Reason != flow.ReasonAnomalyStepUp || d.Challenge != ", max_age=300" || d.Enforced != (mode == "enforce") {
+				t.Errorf("%s, authenticated %s: %+v", mode, name, d)
+			}
+			if d.Rule != "items" || !strings.Contains(d.Detail, "expected up to") || strings.Contains(d.Detail, "script") {
+				t.Errorf("rule %q, detail %q", d.Rule, d.Detail)
+			}
+			checkTrace(t, &d)
+		}
+		if n := learned(w, "guarded"); n != before {
+			t.Errorf("what was challenged was learned: %d, then %d", before, n)
+		}
+		for range 3 { // what the challenge asks for ends it
+			d := w.decide(w.request(injection, authenticated(5*time.Minute-time.Second)), "guarded")
+			if d.Effect != flow.EffectAllow || !d.Until.Equal(w.now.Add(time.Second)) || !strings.HasPrefix(d.Detail, "unusual: the authentication is fresh; ") {
+				t.Errorf("%s, authenticated of late: %+v", mode, d)
+			}
+		}
+		if d := w.decide(w.request("GET /items/7?page=3&kind=book", authenticated(time.Hour)), "guarded"); d.Effect != flow.EffectAllow {
+			t.Errorf("a normal request: %+v", d)
+		}
+		w.api("guarded").Anomaly.Throttle = 0.02
+		if d := w.decide(w.request(injection, authenticated(time.Second)), "guarded"); d.Reason != flow.ReasonThrottled {
+			t.Errorf("what is stronger does not win: %+v", d)
+		}
+	}
+}
+
 // TestAnomalyRevokes blocks the caller's identity, closes its streams and
 // nobody else's, and is told to the agent.
 func TestAnomalyRevokes(t *testing.T) {

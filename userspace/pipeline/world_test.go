@@ -37,7 +37,7 @@ spec:
   expires: "2090-01-01"
   select: {systemd: {unit: checkout.service}}
   mode: enforce
-  mayCall: [payments, ledger, shared, watched, odd]
+  mayCall: [payments, ledger, shared, watched, odd, guarded]
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
@@ -80,6 +80,11 @@ apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
 metadata: {name: odd, namespace: shop}
 spec: {owner: o@shop.example, select: {systemd: {unit: odd.service}}, endpoints: ["10.0.0.15:80"]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: guarded, namespace: shop}
+spec: {owner: g@shop.example, select: {systemd: {unit: guarded.service}}, endpoints: ["10.0.0.16:80"]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: TokenIssuer
@@ -181,6 +186,16 @@ spec:
     - {name: live, from: [checkout], http: ["GET /live/{id}"], upgrade: [websocket], when: params.id != 'closed'}
     - {name: no-live, effect: deny, http: [GET /live/denied]}
   anomaly: {revoke: 0.02, warmup: {requests: 200, identities: 1}}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: guarded, namespace: shop}
+spec:
+  mode: MODE
+  protect: {identity: guarded, ports: [80], protocol: http}
+  rules:
+    - {name: items, from: [checkout], http: ["GET /items/{id}"], token: {issuer: sso, audience: payments}}
+  anomaly: {warn: 0.4, stepUp: 0.02, warmup: {requests: 200, identities: 1}}
 `
 
 const worldModel = `model
@@ -382,10 +397,10 @@ func (w *world) decide(r *flow.Request, api string) flow.Decision {
 }
 
 // warm teaches an API 300 requests for numbered items.
-func (w *world) warm(api string) {
+func (w *world) warm(api string, edits ...func(*flow.Request)) {
 	w.t.Helper()
 	for i := range 300 {
-		r := w.request(fmt.Sprintf("GET /items/7?page=%d&kind=book", i%40))
+		r := w.request(fmt.Sprintf("GET /items/7?page=%d&kind=book", i%40), edits...)
 		r.Time = w.now.Add(time.Duration(i) * time.Second)
 		if d := w.decide(r, api); d.Effect != flow.EffectAllow {
 			w.t.Fatalf("request %d of the warm-up: %+v", i, d)

@@ -579,7 +579,7 @@ func challengeOf(d *flow.Decision) string {
 		return ""
 	case d.Reason == flow.ReasonTokenMissing:
 		what = `realm="sallyport"`
-	case d.Reason == flow.ReasonStepUp:
+	case d.Reason.StepUp():
 		what = `error="insufficient_user_authentication"` + d.Challenge
 	case d.Reason == flow.ReasonProofMissing, d.Reason == flow.ReasonProofMalformed, d.Reason == flow.ReasonProofMismatch,
 		d.Reason == flow.ReasonProofStale, d.Reason == flow.ReasonProofReplayed:

@@ -76,8 +76,9 @@ func TestDenial(t *testing.T) {
 func TestStepUpChallenge(t *testing.T) {
 	const id, more = "01ARZ3NDEKTSV4RRFFQ69G5FAV", `, acr_values="mfa", max_age=300`
 	for reason, want := range map[flow.Reason]string{
-		flow.ReasonStepUp:       `Bearer error="insufficient_user_authentication", acr_values="mfa", max_age=300`,
-		flow.ReasonTokenExpired: `Bearer error="invalid_token"`,
+		flow.ReasonStepUp:        `Bearer error="insufficient_user_authentication", acr_values="mfa", max_age=300`,
+		flow.ReasonAnomalyStepUp: `Bearer error="insufficient_user_authentication", acr_values="mfa", max_age=300`,
+		flow.ReasonTokenExpired:  `Bearer error="invalid_token"`,
 	} {
 		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(appendDenial(nil, &flow.Decision{Reason: reason, Challenge: more}, true, id, false, false))), nil)
 		if err != nil {

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"strings"
@@ -405,6 +406,12 @@ func (n *node) mints(t testing.TB) string {
 // mintsUntil is mints with the token's end.
 func (n *node) mintsUntil(t testing.TB, end time.Time) string {
 	t.Helper()
+	return n.mintsWith(t, jwt.MapClaims{"exp": end.Unix()})
+}
+
+// mintsWith is mints with further claims.
+func (n *node) mintsWith(t testing.TB, claims jwt.MapClaims) string {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -425,8 +432,10 @@ func (n *node) mintsUntil(t testing.TB, end time.Time) string {
 		}
 	}
 	now := time.Now()
-	minted := jwt.NewWithClaims(jwt.SigningMethodES256, jwt.MapClaims{"iss": "https://sso.t.example", "sub": "alice", "aud": "server", "client_id": "c",
-		"jti": "t1", "iat": now.Unix(), "exp": end.Unix()})
+	all := jwt.MapClaims{"iss": "https://sso.t.example", "sub": "alice", "aud": "server", "client_id": "c",
+		"jti": "t1", "iat": now.Unix(), "exp": now.Add(5 * time.Minute).Unix()}
+	maps.Copy(all, claims)
+	minted := jwt.NewWithClaims(jwt.SigningMethodES256, all)
 	minted.Header["kid"], minted.Header["typ"] = "k1", "at+jwt"
 	signed, err := minted.SignedString(key)
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/policies/load"
+	"github.com/sallyport-dev/sallyport/userspace/anomaly"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
@@ -43,7 +44,7 @@ spec: {owner: o@t.example, spiffeID: "spiffe://example.org/other", select: {syst
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
 metadata: {name: server, namespace: t}
-spec: {owner: s@t.example, spiffeID: "spiffe://example.org/server", select: {systemd: {unit: server.service}}, endpoints: ["10.0.2.1:80", "10.0.2.1:81", "10.0.2.1:82", "10.0.2.1:83", "10.0.2.1:84", "10.0.2.1:7", "10.0.2.1:99"]}
+spec: {owner: s@t.example, spiffeID: "spiffe://example.org/server", select: {systemd: {unit: server.service}}, endpoints: ["10.0.2.1:80", "10.0.2.1:81", "10.0.2.1:82", "10.0.2.1:83", "10.0.2.1:84", "10.0.2.1:88", "10.0.2.1:7", "10.0.2.1:99"]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: APIPolicy
@@ -93,6 +94,17 @@ spec:
     - {name: calls, from: [client], grpc: [t.Echo/*]}
     - {name: paid, from: [client], grpc: [t.Paid/*], token: {issuer: sso, audience: server}}
     - {name: no-secret, effect: deny, grpc: [t.Echo/Secret]}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: watched, namespace: t}
+spec:
+  mode: MODE
+  protect: {identity: server, ports: [88], protocol: auto}
+  rules:
+    - {name: items, from: [client], http: ["GET /items/{id}"], token: {issuer: sso, audience: server, acr: [mfa, hwk]}}
+    - {name: calls, from: [client], grpc: [t.Echo/*], token: {issuer: sso, audience: server}}
+  anomaly: {stepUp: 0.02, stepUpMaxAge: 2m, warmup: {requests: 100, identities: 1}}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: TokenIssuer
@@ -244,7 +256,11 @@ func newNode(t testing.TB, ca *identity.CA, o nodeOptions) *node {
 		t.Fatal(err)
 	}
 	n.tokens = token.New(token.Options{})
-	n.pipeline = pipeline.New(pipeline.Options{Node: "n", Ceiling: flow.ModeEnforce, Tokens: n.tokens})
+	anomalies, err := anomaly.New(anomaly.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.pipeline = pipeline.New(pipeline.Options{Node: "n", Ceiling: flow.ModeEnforce, Tokens: n.tokens, Anomalies: anomalies})
 	options := Options{Pipeline: n.pipeline, Agent: n, Flows: n, Leaves: n.leaves, Verifier: n.verifier}
 	if o.change != nil {
 		o.change(&options)

@@ -56,10 +56,16 @@ func authentication(t *Claims, c *Check, now time.Time) (flow.Reason, error) {
 		return flow.ReasonOK, nil
 	case t.AuthTime.IsZero():
 		return flow.ReasonStepUp, errNoAuthTime
-	case t.AuthTime.After(now.Add(leeway)), !now.Before(t.AuthTime.Add(c.MaxAge)):
+	case !t.Fresh(c.MaxAge, now):
 		return flow.ReasonStepUp, errAuthTime
 	}
 	return flow.ReasonOK, nil
+}
+
+// Fresh says whether the token shows that its subject authenticated less than
+// maxAge ago.
+func (t *Claims) Fresh(maxAge time.Duration, now time.Time) bool {
+	return !t.AuthTime.IsZero() && !t.AuthTime.After(now.Add(leeway)) && now.Before(t.AuthTime.Add(maxAge))
 }
 
 func has(claim any, want []string) bool {

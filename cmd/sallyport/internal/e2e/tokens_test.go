@@ -59,10 +59,16 @@ func newIssuer(t *testing.T) *issuer {
 // token signs one for a subject with an id, good for five minutes.
 func (s *issuer) token(subject, jti string) string {
 	s.t.Helper()
+	return s.authenticated(subject, jti, time.Now())
+}
+
+// authenticated is token with the time at which the subject authenticated.
+func (s *issuer) authenticated(subject, jti string, at time.Time) string {
+	s.t.Helper()
 	now := time.Now()
 	k := jwt.NewWithClaims(jwt.SigningMethodES256, jwt.MapClaims{
 		"iss": issuerURL, "sub": subject, "aud": "web", "client_id": "e2e", "scope": "read",
-		"iat": now.Unix(), "exp": now.Add(5 * time.Minute).Unix(), "jti": jti,
+		"iat": now.Unix(), "exp": now.Add(5 * time.Minute).Unix(), "jti": jti, "auth_time": at.Unix(),
 	})
 	k.Header["typ"], k.Header["kid"] = "at+jwt", "k1"
 	signed, err := k.SignedString(s.key)
