@@ -34,6 +34,7 @@ type Status struct {
 	Leaves    []LeafStatus         `json:"leaves"`
 	Obtained  []obtain.Status      `json:"obtained,omitempty"`
 	Baselines []Baseline           `json:"baselines"`
+	Budgets   []Budget             `json:"budgets,omitempty"`
 	Resident  uint64               `json:"residentBytes"`
 }
 
@@ -65,6 +66,16 @@ type Baseline struct {
 	Calibration int    `json:"calibration"`
 }
 
+// Budget is how a policy keeps its budget of false positives.
+type Budget struct {
+	API       string  `json:"api"`
+	PerDay    float64 `json:"perDay"`
+	Requests  float64 `json:"requestsPerDay"`
+	Threshold float64 `json:"threshold"` // no action at a p-value above it
+	Scored    uint64  `json:"scored"`
+	Acted     uint64  `json:"acted"`
+}
+
 func (p *process) status(in *line.Incoming) error {
 	s := Status{
 		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()),
@@ -87,6 +98,12 @@ func (p *process) status(in *line.Incoming) error {
 			break
 		}
 		s.Baselines = append(s.Baselines, Baseline{b.API, b.Method, b.Template, b.Requests, b.Identities, b.Calibration})
+	}
+	for _, b := range p.anomalies.Budgets() {
+		if len(s.Budgets) == maxBaselines {
+			break
+		}
+		s.Budgets = append(s.Budgets, Budget(b))
 	}
 	raw, err := json.Marshal(s)
 	if err != nil {

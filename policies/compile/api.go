@@ -152,6 +152,9 @@ type Anomaly struct {
 	StepUpMaxAge     time.Duration
 	WarmupRequests   uint32
 	WarmupIdentities uint32
+	// Budget is how many actions a day upon normal calls are borne, warnings
+	// aside; 0: as many as the thresholds make.
+	Budget float64
 	// IgnoreErrors lets a request pass that cannot be scored.
 	IgnoreErrors bool
 }

@@ -230,6 +230,12 @@ func (c *compiler) anomaly(d *policyDoc, s *v1alpha1.Anomaly) *Anomaly {
 	case s.StepUp != nil:
 		a.StepUpMaxAge = defaultStepUpMaxAge
 	}
+	if f := s.FalsePositives; f != nil {
+		a.Budget = float64(f.Events) * 24 / f.Per.Hours()
+		if some && s.StepUp == nil && s.Throttle == nil && s.Revoke == nil && s.Terminate == nil {
+			c.report.Errorf(d.Key("spec", "anomaly", "falsePositives"), "falsePositives: bounds what acts upon calls, and warn does not; give stepUp, throttle, revoke or terminate")
+		}
+	}
 	if w := s.Warmup; w != nil {
 		for _, n := range [...]struct {
 			name string

@@ -16,7 +16,7 @@ var comments = map[string]string{
 	"APIPolicySpec.Otherwise":           "Otherwise is what happens where no rule says anything; deny if absent.",
 	"APIPolicySpec.Posture":             "Posture is the PostureProfile that callers must satisfy; absent: none.",
 	"Anomaly":                           "Anomaly says what is done at which p-value.",
-	"Anomaly.FalsePositives":            "FalsePositives is how many actions upon normal calls are acceptable, as NUMBER/UNIT with hour, day or week: what calibrates the thresholds.",
+	"Anomaly.FalsePositives":            "FalsePositives is how many actions upon normal calls the policy bears, as NUMBER/UNIT with hour, day or week: thresholds are lowered to keep to it.",
 	"Anomaly.OnError":                   "OnError is for this stage alone; deny if absent.",
 	"Anomaly.StepUp":                    "StepUp asks for a token whose subject has authenticated of late (RFC 9470), and lets the same call pass with one.",
 	"Anomaly.StepUpMaxAge":              "StepUpMaxAge is how long ago that may have been; 5m if absent.",

@@ -15,7 +15,6 @@ var unsupported = map[string]bool{
 
 	"APIPolicySpec.onError=cached": true,
 	"Token.boundTo=signature":      true,
-	"Anomaly.falsePositives":       true,
 }
 
 // Refused says whether this version refuses a field of a type.

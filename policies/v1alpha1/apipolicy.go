@@ -131,8 +131,8 @@ type Anomaly struct {
 	// Warmup is how long nothing is done; 1000 requests of 3 identities if
 	// absent.
 	Warmup *Warmup `json:"warmup"`
-	// FalsePositives is how many actions upon normal calls are acceptable, as
-	// NUMBER/UNIT with hour, day or week: what calibrates the thresholds.
+	// FalsePositives is how many actions upon normal calls the policy bears, as
+	// NUMBER/UNIT with hour, day or week: thresholds are lowered to keep to it.
 	FalsePositives *Rate `json:"falsePositives"`
 	// OnError is for this stage alone; deny if absent.
 	OnError string `json:"onError" oneof:"ignore|deny"`

@@ -71,6 +71,9 @@ type Key struct {
 	Method   string
 	Template string
 	Warmup   Warmup
+	// Budget is how many actions a day upon normal calls the policy bears; 0:
+	// it says nothing.
+	Budget float64
 }
 
 // Part is a component of the score.
@@ -117,6 +120,7 @@ type Score struct {
 	P          float64 // conformal p-value, in [1/(N+1), 1]; 1 while N is 0
 	N          int     // how many requests P rests on
 	Warm       bool    // the warm-up is over: the score may act
+	Limit      float64 // no action above this P, by the policy's budget; 1 without one
 	Evidence   float64 // bits; orders requests whose P is equal, unbounded
 	Components [3]Component
 }
@@ -137,7 +141,8 @@ type Scorer struct {
 	seed   [2]uint64
 	shards [shardCount]shard
 	spaces atomic.Pointer[map[uint64]*space]
-	mu     sync.Mutex // guards spaces' replacement
+	paces  atomic.Pointer[map[uint64]*pace] // by policy
+	mu     sync.Mutex                       // guards the replacement of spaces and paces
 	count  atomic.Int64
 	full   atomic.Uint64
 	save   sync.Mutex
@@ -183,6 +188,8 @@ func (s *Scorer) clear(seed [2]uint64) {
 	}
 	spaces := map[uint64]*space{}
 	s.spaces.Store(&spaces)
+	paces := map[uint64]*pace{}
+	s.paces.Store(&paces)
 	s.count.Store(0)
 }
 
@@ -194,6 +201,12 @@ func (s *Scorer) space(h uint64) *space { return (*s.spaces.Load())[h] }
 
 // Score judges the request that sm was read from. It changes no baseline.
 func (s *Scorer) Score(sm *Sample) Score {
+	sc := s.judge(sm)
+	sc.Limit = s.threshold(sm, &sc)
+	return sc
+}
+
+func (s *Scorer) judge(sm *Sample) Score {
 	e := s.endpoint(sm.hash)
 	if e == nil {
 		return s.scoreUnseen(sm)
@@ -243,6 +256,7 @@ func (s *Scorer) scoreUnseen(sm *Sample) Score {
 func (s *Scorer) Learn(sm *Sample, identity string) {
 	who := s.hashString(tagIdentity, identity)
 	now := sm.time.Unix()
+	s.paced(sm, who, now)
 	e := s.endpoint(sm.hash)
 	if e == nil {
 		if e = s.admit(sm, who, now); e == nil {

@@ -93,6 +93,13 @@ func (s *Scorer) Reset(api, method, template string) int {
 			}
 		}
 		s.spaces.Store(&m)
+		paces := map[uint64]*pace{}
+		for k, p := range *s.paces.Load() {
+			if p.api != api {
+				paces[k] = p
+			}
+		}
+		s.paces.Store(&paces)
 		s.mu.Unlock()
 	}
 	return dropped

@@ -39,6 +39,7 @@ type Sample struct {
 	key      Key
 	time     time.Time
 	path     string
+	policy   uint64 // hash of the API's name
 	hash     uint64 // of the endpoint
 	space    uint64 // of the API, method and template
 	derived  bool   // the endpoint comes from the path, not from the template
@@ -68,6 +69,7 @@ func (s *Scorer) Read(sm *Sample, key Key, req *flow.Request) {
 	sm.derived = key.Template == "" || strings.IndexByte(key.Template, '*') >= 0
 	h := s.start(tagAPI)
 	h = s.addString(h, key.API)
+	sm.policy = h
 	sm.space = s.addString(s.addString(h^tagTemplate, key.Template), "")
 	h = s.addString(h^tagMethod, key.Method)
 	if sm.derived {

@@ -17,13 +17,13 @@ import (
 )
 
 // The stored form: magic, version, SHA-256 of the rest; then the seed of the
-// hashes, the spaces and the endpoints, everything little-endian. It holds
+// hashes, the spaces, the endpoints and, from version 2 on, the paces, everything little-endian. It holds
 // hashes and counts; whoever reads it also reads the seed and could try
 // likely values against the 31-bit hashes, so the file is the owner's alone.
 const (
 	fileName        = "baselines"
 	fileMagic       = "sallyport baselines\n"
-	fileVersion     = 1
+	fileVersion     = 2
 	maxFile         = 64 << 20
 	maxStoredString = maxKeyLength
 )
@@ -164,6 +164,15 @@ func (s *Scorer) encode() []byte {
 			b = appendFixed(b, &copied[i])
 		}
 	}
+	paces := *s.paces.Load()
+	b = order.AppendUint32(b, uint32(len(paces)))
+	for h, p := range paces {
+		p.mu.Lock()
+		b = order.AppendUint64(b, h)
+		b = appendString(b, p.api)
+		b = appendFixed(b, &p.state)
+		p.mu.Unlock()
+	}
 	sum := sha256.Sum256(b)
 	head := append([]byte(fileMagic), 0, 0, 0, 0)
 	order.PutUint32(head[len(fileMagic):], fileVersion)
@@ -248,8 +257,9 @@ func (r *reader) check(ok bool, what string) {
 func (s *Scorer) decode(data []byte) error {
 	r := &reader{b: data}
 	r.check(string(r.take(len(fileMagic))) == fileMagic, "not a baseline file")
-	if v := r.uint32(); r.err == nil && v != fileVersion {
-		return fmt.Errorf("version %d is not known, only %d", v, fileVersion)
+	version := r.uint32()
+	if r.err == nil && (version < 1 || version > fileVersion) {
+		return fmt.Errorf("version %d is not known, only 1 to %d", version, fileVersion)
 	}
 	var want [sha256.Size]byte
 	copy(want[:], r.take(sha256.Size))
@@ -260,6 +270,9 @@ func (s *Scorer) decode(data []byte) error {
 	s.clear([2]uint64{r.uint64() | 1, r.uint64() | 1})
 	s.decodeSpaces(r)
 	s.decodeEndpoints(r)
+	if version > 1 {
+		s.decodePaces(r)
+	}
 	r.check(len(r.b) == 0, "more than was expected")
 	return r.err
 }
@@ -281,6 +294,23 @@ func (s *Scorer) decodeSpaces(r *reader) {
 		spaces[sp.hash] = sp
 	}
 	s.spaces.Store(&spaces)
+}
+
+func (s *Scorer) decodePaces(r *reader) {
+	n := int(r.uint32())
+	r.check(n <= maxPaces, "too many paces")
+	paces := map[uint64]*pace{}
+	for range n {
+		if r.err != nil {
+			return
+		}
+		h := r.uint64()
+		p := &pace{api: r.string(), limit: 1}
+		r.fixed(&p.state)
+		r.check(p.state.valid(), "a policy's pace is out of range")
+		paces[h] = p
+	}
+	s.paces.Store(&paces)
 }
 
 func (s *Scorer) decodeEndpoints(r *reader) {

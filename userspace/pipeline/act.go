@@ -33,7 +33,7 @@ func (r *run) anomaly(m *compile.Match) {
 		return
 	}
 	key := anomaly.Key{API: r.api.Name, Method: r.req.Method,
-		Warmup: anomaly.Warmup{Requests: int(a.WarmupRequests), Identities: int(a.WarmupIdentities)}}
+		Warmup: anomaly.Warmup{Requests: int(a.WarmupRequests), Identities: int(a.WarmupIdentities)}, Budget: a.Budget}
 	if m != nil {
 		key.Template = m.Template
 	}
@@ -41,6 +41,7 @@ func (r *run) anomaly(m *compile.Match) {
 	sc := r.p.opt.Anomalies.Score(&r.sample)
 	if sc.Warm && sc.P <= max(a.Warn, a.StepUp, a.Throttle, a.Revoke, a.Terminate) {
 		if r.act(a, m, &sc) {
+			r.p.opt.Anomalies.Acted(&r.sample)
 			return
 		}
 	} else {
@@ -49,12 +50,12 @@ func (r *run) anomaly(m *compile.Match) {
 	r.p.opt.Anomalies.Learn(&r.sample, r.req.Peer.ID)
 }
 
-// act does what the lowest threshold that P is under asks for, and says
-// whether the request is refused.
+// act does what the lowest threshold that P is under asks for, as far as the
+// budget of false positives goes, and says whether the request is refused.
 func (r *run) act(a *compile.Anomaly, m *compile.Match, sc *anomaly.Score) bool {
 	detail := explain(sc)
 	d := r.d
-	under := func(threshold float64) bool { return sc.P <= threshold }
+	under := func(threshold float64) bool { return sc.P <= min(threshold, sc.Limit) }
 	hard := under(a.Terminate) || under(a.Revoke)
 	if hard && d.Enforced && !r.p.acts.permit(r.api.Name, r.group(), r.req.Peer.ID, r.now) {
 		r.p.opt.Logger.Error("anomaly acts upon too many identities of one group: throttling instead", "policy", r.api.Name, "group", r.group())
@@ -77,7 +78,10 @@ func (r *run) act(a *compile.Anomaly, m *compile.Match, sc *anomaly.Score) bool 
 	case under(a.StepUp):
 		detail = "the authentication is fresh; " + detail
 		fallthrough
-	default: // warn
+	default: // warn, or beyond the budget
+		if sc.P <= max(a.StepUp, a.Throttle, a.Revoke, a.Terminate) && sc.P > sc.Limit {
+			detail = "above what falsePositives lets act; " + detail
+		}
 		r.step(flow.StageAnomaly, flow.ReasonOK, detail, d.Rule)
 		d.Detail = "unusual: " + detail
 		return false

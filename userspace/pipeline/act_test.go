@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/userspace/anomaly"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
 )
@@ -215,5 +216,33 @@ func TestBlockList(t *testing.T) {
 	p.block(identity.RevokeJTI, "later", now.Add(3*time.Minute), now.Add(2*time.Minute))
 	if n := len(p.blocked.Load().entries); n != 1 {
 		t.Errorf("%d entries after the others ended", n)
+	}
+}
+
+// TestAnomalyBudget holds that a budget keeps actions back, and not warnings.
+func TestAnomalyBudget(t *testing.T) {
+	w := newWorld(t, "enforce")
+	w.api("watched").Anomaly.Budget = 1e6
+	w.warm("watched")
+	if d := w.decide(w.request(injection), "watched"); d.Reason != flow.ReasonThrottled {
+		t.Errorf("within the budget: %+v", d)
+	}
+	w.api("watched").Anomaly.Budget = 1e-3
+	if d := w.decide(w.request(injection), "watched"); d.Reason != flow.ReasonThrottled {
+		t.Errorf("what is as unusual as can be: %+v", d)
+	}
+	for _, c := range []struct {
+		limit  float64
+		refuse bool
+		detail string
+	}{{1, true, "length"}, {0.005, true, "length"}, {0.004, false, "unusual: above what falsePositives lets act; length"}} {
+		var d flow.Decision
+		r := w.env.Loop.take()
+		r.start(w.p, w.env, w.request(injection), w.identity("checkout"), w.api("watched"), &d)
+		sc := anomaly.Score{P: 0.005, N: 200, Warm: true, Limit: c.limit, Components: [3]anomaly.Component{{Part: anomaly.PartLength, Observed: 9, P: 0.005}}}
+		if got := r.act(w.api("watched").Anomaly, nil, &sc); got != c.refuse || !strings.HasPrefix(d.Detail, c.detail) {
+			t.Errorf("limit %v: refused %v: %+v", c.limit, got, d)
+		}
+		w.env.Loop.put(r)
 	}
 }
