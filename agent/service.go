@@ -308,6 +308,10 @@ func (a *Agent) fetchCounters(ctx context.Context) {
 		s.counted[key] = d.Count
 		a.metrics.Decided(d.Effect, d.Stage, flow.Reason(d.Reason), d.Enforced, delta)
 	}
+	if st.Recalled > s.recalled {
+		a.metrics.CachedAnswers.Add(float64(st.Recalled - s.recalled))
+		s.recalled = st.Recalled
+	}
 	a.health.Check("tokens", metrics.Degraded, notObtained(st.Obtained), "see tokenURL of the TokenIssuer, and whether it knows the client by its certificate")
 	a.health.Check("relations", metrics.Degraded, textError(st.Relations.Problem), "see the log; what needs a relation is denied")
 }

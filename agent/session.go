@@ -64,8 +64,9 @@ type session struct {
 	complaints budget // of log lines on what was refused
 
 	// The ticker's alone.
-	counted map[decisionKey]uint64 // decisions taken over so far
-	silent  int                    // questions in a row without an answer
+	counted  map[decisionKey]uint64 // decisions taken over so far
+	recalled uint64                 // and cached answers
+	silent   int                    // questions in a row without an answer
 }
 
 // handover is a policy set that was sent and is not in force yet.

@@ -28,6 +28,7 @@ type Status struct {
 	Engine    netloop.Stats        `json:"engine"`
 	Streams   int                  `json:"streams"`
 	Decisions []DecisionCount      `json:"decisions"`
+	Recalled  uint64               `json:"cachedAnswers,omitempty"` // that stood in for a stage
 	Proxy     proxy.Stats          `json:"proxy"`
 	Issuers   []token.IssuerStatus `json:"issuers"`
 	Relations relation.Status      `json:"relations"`
@@ -82,7 +83,7 @@ func (p *process) status(in *line.Incoming) error {
 		Relations: p.relations.Status(), Obtained: p.obtained.Status(), Resident: resident(),
 	}
 	counters := p.pipeline.Counters()
-	s.Streams = counters.Streams
+	s.Streams, s.Recalled = counters.Streams, counters.Recalled
 	for _, c := range counters.Decisions {
 		s.Decisions = append(s.Decisions, DecisionCount{c.Stage.String(), string(c.Reason), c.Effect.String(), c.Enforced, c.Count})
 	}

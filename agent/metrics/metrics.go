@@ -45,6 +45,7 @@ type Metrics struct {
 	reasons   reasonLabels
 
 	DecisionsLost     prometheus.Counter
+	CachedAnswers     prometheus.Counter
 	UserspaceRestarts prometheus.Counter
 	PolicyErrors      prometheus.Counter
 	lineRefusals      *prometheus.CounterVec
@@ -89,6 +90,7 @@ func (m *Metrics) counters() {
 	}
 	m.decisions = vec("sallyport_decisions_total", "Decisions of the proxy. enforced is false where the mode let a refusal pass.", "effect", "stage", "enforced")
 	m.refusals = vec("sallyport_refusals_total", "Refused requests and connections, and those that audit would refuse.", "reason")
+	m.CachedAnswers = counter("sallyport_cached_answers_total", "Answers of a while ago that stood in for a stage that failed.")
 	m.DecisionsLost = counter("sallyport_decision_records_lost_total", "Decision records that the proxy had to drop.")
 	m.UserspaceRestarts = counter("sallyport_userspace_restarts_total", "Starts of the proxy's process after the first.")
 	m.PolicyErrors = counter("sallyport_policy_loads_refused_total", "Policy sets that were not taken because of an error.")

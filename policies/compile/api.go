@@ -80,6 +80,9 @@ type API struct {
 	// OtherwiseAllow says that what no rule speaks of is allowed, within
 	// mayCall and what else refuses.
 	OtherwiseAllow bool
+	// CacheErrors lets what a stage answered to the same call a while ago stand
+	// in where it cannot answer.
+	CacheErrors bool
 	// Posture is what callers must prove, nil for nothing; a rule with one of
 	// its own is judged by that alone.
 	Posture     *Posture

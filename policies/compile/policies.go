@@ -82,6 +82,7 @@ func (c *compiler) api(d *policyDoc) *API {
 	}
 	c.rules(a, d)
 	c.stepUp(a, d)
+	c.onError(a, d)
 	return a
 }
 
@@ -98,6 +99,14 @@ func (c *compiler) stepUp(a *API, d *policyDoc) {
 	}
 	if a.OtherwiseAllow {
 		c.report.Errorf(d.At("spec", "otherwise"), "otherwise: allow asks for no token, by which callers could answer anomaly.stepUp; write deny, or take stepUp out")
+	}
+}
+
+// onError refuses to cache where no stage has an answer to be cached.
+func (c *compiler) onError(a *API, d *policyDoc) {
+	a.CacheErrors = d.Value.Spec.OnError == "cached"
+	if a.CacheErrors && !slices.ContainsFunc(a.Rules, func(r *Rule) bool { return r.Token != nil || r.Relation != nil }) {
+		c.report.Errorf(d.At("spec", "onError"), `onError: "cached" has nothing to cache: no rule asks for a token or a relation`)
 	}
 }
 

@@ -12,7 +12,7 @@ var comments = map[string]string{
 	"APIPolicySpec.Body":                "Body turns the reading of bodies before the decision on; absent: off.",
 	"APIPolicySpec.MTLS":                "MTLS is required if absent.",
 	"APIPolicySpec.Mode":                "Mode is audit if absent.",
-	"APIPolicySpec.OnError":             "OnError is what happens where a stage cannot answer: deny, or for a bounded time what it answered to the same call before. Deny if absent.",
+	"APIPolicySpec.OnError":             "OnError is what happens where a token's or a relation's stage cannot answer: deny, or for five minutes what it allowed to the same call before. Deny if absent.",
 	"APIPolicySpec.Otherwise":           "Otherwise is what happens where no rule says anything; deny if absent.",
 	"APIPolicySpec.Posture":             "Posture is the PostureProfile that callers must satisfy; absent: none.",
 	"Anomaly":                           "Anomaly says what is done at which p-value.",

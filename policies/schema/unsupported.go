@@ -13,8 +13,7 @@ var unsupported = map[string]bool{
 
 	"RelationModelSpec.engine=spicedb": true,
 
-	"APIPolicySpec.onError=cached": true,
-	"Token.boundTo=signature":      true,
+	"Token.boundTo=signature": true,
 }
 
 // Refused says whether this version refuses a field of a type.

@@ -18,8 +18,9 @@ type APIPolicySpec struct {
 	Body *Body `json:"body"`
 	// Otherwise is what happens where no rule says anything; deny if absent.
 	Otherwise string `json:"otherwise" oneof:"deny|allow"`
-	// OnError is what happens where a stage cannot answer: deny, or for a
-	// bounded time what it answered to the same call before. Deny if absent.
+	// OnError is what happens where a token's or a relation's stage cannot
+	// answer: deny, or for five minutes what it allowed to the same call
+	// before. Deny if absent.
 	OnError string `json:"onError" oneof:"deny|cached"`
 }
 

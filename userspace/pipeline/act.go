@@ -83,7 +83,10 @@ func (r *run) act(a *compile.Anomaly, m *compile.Match, sc *anomaly.Score) bool 
 			detail = "above what falsePositives lets act; " + detail
 		}
 		r.step(flow.StageAnomaly, flow.ReasonOK, detail, d.Rule)
-		d.Detail = "unusual: " + detail
+		if d.Detail != "" {
+			d.Detail += "; "
+		}
+		d.Detail += "unusual: " + detail
 		return false
 	}
 	return true

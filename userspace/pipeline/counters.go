@@ -34,7 +34,8 @@ type Counters struct {
 	Decisions    []Counter
 	Latency      [len(LatencyBounds) + 1]uint64
 	LatencyTotal time.Duration
-	Streams      int // registered live
+	Recalled     uint64 // answers of a while ago that stood in for a stage
+	Streams      int    // registered live
 }
 
 // maxKinds bounds how many kinds of refusal are told apart; reasons are
@@ -51,11 +52,12 @@ type counterKey struct {
 // counters are one loop's. The loop alone writes; it takes the lock only to
 // add a kind of refusal, and reads the map without it.
 type counters struct {
-	allowed [flow.StageCount][2]atomic.Uint64 // by enforced
-	mu      sync.Mutex
-	refused map[counterKey]*atomic.Uint64
-	latency [len(LatencyBounds) + 1]atomic.Uint64
-	total   atomic.Int64
+	allowed  [flow.StageCount][2]atomic.Uint64 // by enforced
+	mu       sync.Mutex
+	refused  map[counterKey]*atomic.Uint64
+	latency  [len(LatencyBounds) + 1]atomic.Uint64
+	total    atomic.Int64
+	recalled atomic.Uint64
 }
 
 func (c *counters) init() { c.refused = map[counterKey]*atomic.Uint64{} }
@@ -121,6 +123,7 @@ func (p *Pipeline) Counters() Counters {
 		for i := range c.latency {
 			out.Latency[i] += c.latency[i].Load()
 		}
+		out.Recalled += c.recalled.Load()
 		out.LatencyTotal += time.Duration(c.total.Load())
 	})
 	for k, n := range sums {

@@ -66,33 +66,40 @@ type run struct {
 	now  time.Time
 	last time.Time
 
-	matches    compile.Matches
-	activation compile.Activation
-	claims     compile.Claims
-	check      token.Check
-	raw        []byte // the bearer token, once looked for
-	rawReason  flow.Reason
-	rawLooked  bool
-	rawDPoP    bool          // it came with the scheme DPoP
-	proof      token.Proof   // of the request, for a token that is bound to a key
-	verified   *token.Claims // of the rule that is being judged
-	leaseEnd   time.Time     // of the relation of that rule
-	proven     posture       // of the policy, once judged
-	ruleProven posture       // of the rule that is being judged
-	facts      *Facts        // once asked for
-	factsAsked bool
-	user       []byte
-	object     []byte
-	sample     anomaly.Sample
-	steps      []flow.Step
-	left       int       // steps that are not among them
-	leftLast   flow.Step // the last of those
-	questions  int       // that the relation engine was asked
-	answerBy   time.Time // when it must have answered all of them
+	matches     compile.Matches
+	activation  compile.Activation
+	claims      compile.Claims
+	check       token.Check
+	raw         []byte // the bearer token, once looked for
+	rawReason   flow.Reason
+	rawLooked   bool
+	rawDPoP     bool          // it came with the scheme DPoP
+	proof       token.Proof   // of the request, for a token that is bound to a key
+	verified    *token.Claims // of the rule that is being judged
+	leaseEnd    time.Time     // of the relation of that rule
+	generation  uint64        // before the plan was looked at, where the policy remembers
+	asked       []byte        // scratch of a question
+	recalled    string        // what of that rule rests on an answer of a while ago, "" for nothing
+	recalledEnd time.Time     // and until when
+	proven      posture       // of the policy, once judged
+	ruleProven  posture       // of the rule that is being judged
+	facts       *Facts        // once asked for
+	factsAsked  bool
+	user        []byte
+	object      []byte
+	sample      anomaly.Sample
+	steps       []flow.Step
+	left        int       // steps that are not among them
+	leftLast    flow.Step // the last of those
+	questions   int       // that the relation engine was asked
+	answerBy    time.Time // when it must have answered all of them
 }
 
 func (r *run) start(p *Pipeline, env Env, req *flow.Request, src *compile.Identity, api *compile.API, d *flow.Decision) {
 	r.p, r.env, r.req, r.src, r.api, r.d = p, env, req, src, api, d
+	if api != nil && api.CacheErrors {
+		r.generation = p.generation.Load()
+	}
 	r.st = p.plan.Load()
 	r.now = p.opt.Now()
 	r.last = r.now
@@ -115,6 +122,7 @@ func (r *run) release() {
 	r.raw, r.rawReason, r.rawLooked, r.rawDPoP = nil, flow.ReasonOK, false, false
 	r.proof = token.Proof{}
 	r.verified, r.leaseEnd = nil, time.Time{}
+	r.recalled, r.recalledEnd = "", time.Time{}
 	r.proven, r.ruleProven, r.facts, r.factsAsked = posture{}, posture{}, nil, false
 	clear(r.matches.Rules)
 	clear(r.steps)
@@ -275,6 +283,8 @@ func (r *run) grant(m *compile.Match) {
 	r.until(r.ruleProven.until)
 	d.Template = m.Template
 	r.until(r.leaseEnd)
+	r.until(r.recalledEnd)
+	d.Detail = r.recalled
 	if c := r.verified; c != nil {
 		r.until(c.Expiry)
 		if age := m.Rule.Token.MaxAge; age > 0 {

@@ -12,6 +12,7 @@
 package pipeline
 
 import (
+	"crypto/rand"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -180,12 +181,14 @@ type Loop struct {
 	queue   queue
 	recent  recent
 	scratch Record
+	memory  memory
 }
 
 // NewLoop adds a loop.
 func (p *Pipeline) NewLoop() *Loop {
 	l := &Loop{p: p, ids: flow.NewIDs()}
 	l.counts.init()
+	_, _ = rand.Read(l.memory.key[:]) // it never fails
 	p.mu.Lock()
 	p.loops = append(p.loops, l)
 	p.mu.Unlock()

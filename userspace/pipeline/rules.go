@@ -136,6 +136,7 @@ type finding struct {
 func (r *run) satisfied(m *compile.Match) finding {
 	rule := m.Rule
 	r.verified, r.leaseEnd = nil, time.Time{}
+	r.recalled, r.recalledEnd = "", time.Time{}
 	r.activation.Token, r.activation.Match = nil, m
 	if !rule.Deny {
 		if f := r.rulePosture(rule); f.reason != flow.ReasonOK {
@@ -189,6 +190,20 @@ func (r *run) token(rule *compile.Rule) finding {
 	if err != nil && errors.Is(err, token.ErrAnswerPending) {
 		claims, reason, err = r.introspect()
 	}
+	var asked question
+	var old *remembered
+	failed := reason
+	// A token that is bound to a key is proven by each request, and who has the
+	// issuer asked too much has brought that about.
+	holds := r.remembers(rule) && len(r.raw) <= maxRememberedToken && !r.rawDPoP && !errors.Is(err, token.ErrAskedMuch)
+	if holds {
+		asked = r.tokenQuestion(rule)
+	}
+	if holds && (reason == flow.ReasonTokenKeysStale || reason == flow.ReasonTokenUnavailable) {
+		if old = r.recall(&asked); old != nil {
+			claims, reason, err = old.claims, flow.ReasonOK, nil
+		}
+	}
 	if reason == flow.ReasonOK && r.p.blocked.Load().has(identity.RevokeJTI, claims.TokenKey, r.now) {
 		reason, err = flow.ReasonTokenRevoked, nil
 	}
@@ -203,6 +218,17 @@ func (r *run) token(rule *compile.Rule) finding {
 	r.claims = compile.Claims{Subject: claims.Subject, Issuer: claims.Issuer, ID: claims.ID, ClientID: claims.ClientID,
 		Scopes: claims.Scopes, Groups: claims.Groups, Raw: claims.Raw}
 	r.activation.Token = &r.claims
+	switch {
+	case old != nil:
+		r.rest(old, flow.StageToken, rule, failed)
+		return finding{stage: flow.StageToken}
+	case holds:
+		until := claims.Expiry
+		if t.MaxAge > 0 && claims.AuthTime.Add(t.MaxAge).Before(until) {
+			until = claims.AuthTime.Add(t.MaxAge)
+		}
+		r.remember(asked, until, claims)
+	}
 	r.step(flow.StageToken, flow.ReasonOK, "", rule.Name)
 	return finding{stage: flow.StageToken}
 }
@@ -256,7 +282,17 @@ func (r *run) relation(rule *compile.Rule) finding {
 	}
 	answer, ok := engine.Cached(model, text(r.user), rel.Relation, text(r.object))
 	if !ok {
-		if answer, reason = r.ask(model, rel.Relation); reason != flow.ReasonOK {
+		answer, reason = r.ask(model, rel.Relation)
+		// What the request itself has used up is no failure of the engine.
+		if reason == flow.ReasonRelationUnavailable && r.questions <= maxQuestions && r.remembers(rule) {
+			asked := r.relationQuestion(rule, model)
+			if old := r.recall(&asked); old != nil {
+				r.leaseEnd = old.until
+				r.rest(old, flow.StageRelation, rule, reason)
+				return finding{stage: flow.StageRelation}
+			}
+		}
+		if reason != flow.ReasonOK {
 			detail := ""
 			if reason == flow.ReasonRelationUnavailable {
 				detail = "the relation engine gave no answer"
@@ -271,6 +307,9 @@ func (r *run) relation(rule *compile.Rule) finding {
 		return r.fail(rule, flow.StageRelation, flow.ReasonRelation, "")
 	}
 	r.leaseEnd = answer.Until
+	if r.remembers(rule) {
+		r.remember(r.relationQuestion(rule, model), answer.Until, nil)
+	}
 	r.step(flow.StageRelation, flow.ReasonOK, rel.Relation, rule.Name)
 	return finding{stage: flow.StageRelation}
 }

@@ -426,6 +426,7 @@ func (n *node) mintsWith(t testing.TB, claims jwt.MapClaims) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	n.jwks = keys
 	for _, issuer := range pipeline.Issuers(n.pipeline.Plan()) {
 		if err := errors.Join(n.tokens.SetIssuer(issuer), n.tokens.SetKeys(issuer.Name, keys, time.Now())); err != nil {
 			t.Fatal(err)

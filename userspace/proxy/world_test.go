@@ -104,6 +104,7 @@ spec:
   rules:
     - {name: items, from: [client], http: ["GET /items/{id}"], token: {issuer: sso, audience: server, acr: [mfa, hwk]}}
     - {name: calls, from: [client], grpc: [t.Echo/*], token: {issuer: sso, audience: server}}
+  onError: cached
   anomaly: {stepUp: 0.02, stepUpMaxAge: 2m, warmup: {requests: 100, identities: 1}}
 ---
 apiVersion: sallyport.dev/v1alpha1
@@ -202,6 +203,7 @@ type node struct {
 	tokens   *token.Verifier
 	leaves   *identity.Leaves
 	verifier *identity.Verifier
+	jwks     []byte // of the tokens minted last
 
 	mu       sync.Mutex
 	apps     map[netip.AddrPort]string // real addresses
@@ -255,7 +257,7 @@ func newNode(t testing.TB, ca *identity.CA, o nodeOptions) *node {
 	if n.engine, err = netloop.New(netloop.Options{Loops: 1, Goroutines: o.goroutines}); err != nil {
 		t.Fatal(err)
 	}
-	n.tokens = token.New(token.Options{})
+	n.tokens = token.New(token.Options{Refresh: func(issuer string) { go n.tokens.KeysFailed(issuer, "down") }})
 	anomalies, err := anomaly.New(anomaly.Options{})
 	if err != nil {
 		t.Fatal(err)

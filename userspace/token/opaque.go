@@ -35,8 +35,10 @@ var (
 	errInactive   = errors.New("verify token: the issuer says that it is not active")
 	errAnswer     = errors.New("verify token: the issuer's answer about it is not one of RFC 7662")
 	errAnswerFrom = errors.New("verify token: the issuer's answer names another issuer")
-	errAskedMuch  = errors.New("verify token: too many tokens that are not known are asked about")
 
+	// ErrAskedMuch says that the caller has the issuer asked about more tokens
+	// than it may.
+	ErrAskedMuch = errors.New("verify token: too many tokens that are not known are asked about")
 	// ErrAnswerPending says that the issuer has to be asked about a token, by
 	// Introspect, before it can be judged.
 	ErrAnswerPending = errors.New("verify token: its issuer has not been asked about it")
@@ -118,7 +120,7 @@ func (v *Verifier) Introspect(ctx context.Context, raw []byte, caller string, c 
 	if q == nil {
 		if len(i.questions.asking) >= maxAsking || !i.questions.charge(caller, now) {
 			i.questions.mu.Unlock()
-			c.refused = errAskedMuch
+			c.refused = ErrAskedMuch
 			return
 		}
 		q = &question{done: make(chan struct{})}

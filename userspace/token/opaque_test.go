@@ -231,7 +231,7 @@ func TestOpaqueFlood(t *testing.T) {
 			t.Fatal(err)
 		}
 		o.Introspect(t.Context(), fmt.Append(nil, "t", n), "flood", k)
-		if _, reason, err := o.Verify(fmt.Append(nil, "t", n), k); errors.Is(err, errAskedMuch) && reason == flow.ReasonTokenUnavailable {
+		if _, reason, err := o.Verify(fmt.Append(nil, "t", n), k); errors.Is(err, ErrAskedMuch) && reason == flow.ReasonTokenUnavailable {
 			refused++
 		}
 	}

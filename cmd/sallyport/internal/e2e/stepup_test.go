@@ -3,10 +3,13 @@
 package e2e
 
 import (
+	"encoding/json"
 	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/sallyport-dev/sallyport/userspace"
 )
 
 // TestStepUp has a client of a learned endpoint send something unusual: it is
@@ -25,7 +28,7 @@ func TestStepUp(t *testing.T) {
 				t.Fatal(err)
 			}
 			policy := strings.Replace(withToken(`{file: "`+file+`"}`, "enforce"), `    - {name: write, from: [client], http: ["PUT /up/{name}"]}
-`, `  anomaly: {warn: 0.05, stepUp: 0.02, stepUpMaxAge: 2m, warmup: {requests: 200, identities: 1}}
+`, `  anomaly: {warn: 0.05, stepUp: 0.02, stepUpMaxAge: 2m, falsePositives: 100000/day, warmup: {requests: 200, identities: 1}}
 `, 1)
 			n.policy("shop.yaml", policy)
 			n.policy("docs.tuples.yaml", `- {user: "user:alice", relation: can_read, object: "doc:1"}`+"\n")
@@ -65,6 +68,16 @@ func TestStepUp(t *testing.T) {
 				if got := get(unusual, fresh); got != "200" {
 					t.Errorf("as the challenge asked: %s", got)
 				}
+			}
+			var status struct {
+				Proxy struct{ Budgets []userspace.Budget }
+			}
+			if err := json.Unmarshal([]byte(n.mustRun("status", "-o", "json")), &status); err != nil {
+				t.Fatal(err)
+			}
+			if b := status.Proxy.Budgets; len(b) != 1 || b[0].API != "shop/web" || b[0].PerDay != 100000 || b[0].Acted != 2 ||
+				b[0].Requests < 400 || b[0].Threshold < 0.02 || b[0].Threshold >= 1 {
+				t.Errorf("budgets %+v", b)
 			}
 			if got := get("222", long); got != "200" {
 				t.Errorf("an ordinary call with the old token: %s", got)
