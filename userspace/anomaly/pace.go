@@ -142,7 +142,7 @@ func (s *Scorer) threshold(sm *Sample, sc *Score) float64 {
 
 // paced counts a request that was not acted upon.
 func (s *Scorer) paced(sm *Sample, who uint64, now int64) {
-	if sm.key.Budget == 0 || sm.score.Warm && sm.score.P <= quarantineBelow {
+	if sm.key.Budget == 0 || sm.scored && sm.score.Warm && sm.score.P <= quarantineBelow {
 		return
 	}
 	p := s.pace(sm.policy)

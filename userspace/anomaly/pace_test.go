@@ -105,6 +105,20 @@ func TestBudget(t *testing.T) {
 	if len(b) != 1 || b[0].API != "budgeted" || b[0].PerDay != 40 || b[0].Acted != uint64(acted) || b[0].Scored == 0 || math.Abs(b[0].Requests/4000-1) > 0.05 {
 		t.Errorf("budgets %+v", b)
 	}
+	// What stands out does not count, and says nothing of the next sample's.
+	rate := s.pace(sm.policy)
+	odd := request("GET", "/v1/orders/1'--", "qty=<b>&color=red&note=no+hurry", 0)
+	odd.Time = time.Unix(1e9+requests*gap, 0)
+	before := rate.state.Total
+	if learn(s, &sm, key, odd, "one"); rate.state.Total != before {
+		t.Error("what stands out counts")
+	}
+	other := key
+	other.Template = "/v1/others"
+	odd.Path = "/v1/others"
+	if learn(s, &sm, other, odd, "one"); rate.state.Total != before+1 {
+		t.Error("a new endpoint's first request does not count")
+	}
 	// An attack is still found, at the least P that there is if need be.
 	bad := request("GET", "/v1/orders/1'--", "qty=<b>&color=red&note=no+hurry&x=1", 0)
 	bad.Time = time.Unix(1e9+requests*gap, 0)
@@ -112,7 +126,7 @@ func TestBudget(t *testing.T) {
 	if sc := score(s, &sm, key, bad); sc.Limit != 1/float64(sc.N+1) || sc.P > sc.Limit {
 		t.Errorf("an attack beyond the budget: P %v, limit %v, n %d", sc.P, sc.Limit, sc.N)
 	}
-	if n := s.Reset("budgeted", "", ""); n != 1 || len(s.Budgets()) != 0 {
+	if n := s.Reset("budgeted", "", ""); n != 2 || len(s.Budgets()) != 0 {
 		t.Errorf("after the reset of %d endpoints: %+v", n, s.Budgets())
 	}
 }

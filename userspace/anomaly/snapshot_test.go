@@ -125,14 +125,22 @@ func FuzzSnapshot(f *testing.F) {
 	_, data := stored(f)
 	f.Add(data)
 	f.Add([]byte(fileMagic))
+	var paced paceState
+	paced.days(0, 3, 100, who(3)...)
+	empty := make([]byte, 8) // no space, no endpoint
+	f.Add(appendFixed(append(order.AppendUint64(order.AppendUint32(empty, 1), 7), 1, 0, 'a'), &paced))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		s := &Scorer{}
+		s := &Scorer{opt: Options{Now: time.Now}}
 		s.clear(newSeed())
 		r := &reader{b: data} // beyond the checksum, which a fuzzer does not pass
 		s.decodeSpaces(r)
 		s.decodeEndpoints(r)
+		s.decodePaces(r)
 		if r.err != nil {
 			return
+		}
+		for _, p := range *s.paces.Load() {
+			p.state.days(0, 2, 2, who(20)...)
 		}
 		var sm Sample
 		learn(s, &sm, ordersKey(200, 1), newOrders(1).next(0), "one")
