@@ -126,9 +126,10 @@ type Bound uint8
 
 // The bindings of a token.
 const (
-	BoundNone Bound = iota // a bearer token will do; one that is bound must still be proven
-	BoundMTLS              // the certificate of the channel, RFC 8705
-	BoundDPoP              // a key, by a proof with each request, RFC 9449
+	BoundNone      Bound = iota // a bearer token will do; one that is bound must still be proven
+	BoundMTLS                   // the certificate of the channel, RFC 8705
+	BoundDPoP                   // a key, by a proof with each request, RFC 9449
+	BoundSignature              // a key, which signs each request, RFC 9421
 )
 
 // TokenRule is the access token that a rule asks for.

@@ -24,6 +24,8 @@ func (r *Rule) Requires() (asks []string) {
 			s += ", bound to mtls"
 		case BoundDPoP:
 			s += ", bound to dpop"
+		case BoundSignature:
+			s += ", bound to signature"
 		}
 		if t.Challenge != "" {
 			s += t.Challenge

@@ -390,6 +390,15 @@ func (c *compiler) token(a *API, r *ruleSource) {
 	if t.BoundTo == "dpop" {
 		r.Token.Bound = BoundDPoP
 	}
+	if t.BoundTo == "signature" {
+		r.Token.Bound = BoundSignature
+		switch body := r.doc.Value.Spec.Body; {
+		case a.Protocol == ProtocolGRPC:
+			c.report.Errorf(r.at("token", "boundTo"), "boundTo: \"signature\" cannot be held against streams; use dpop or mtls for gRPC")
+		case body == nil || body.Inspect == 0 || body.Over == "skip":
+			c.report.Errorf(r.at("token", "boundTo"), "boundTo: \"signature\" needs body: {inspect: SIZE, over: deny}: the content is held against its signed digest")
+		}
+	}
 	if t.BoundTo == "mtls" {
 		r.Token.Bound = BoundMTLS
 		if a.MTLS == MTLSOff && !slices.ContainsFunc(a.Rules, (*Rule).boundToMTLS) { // said once

@@ -54,7 +54,7 @@ func TestDocumented(t *testing.T) {
 func TestExplain(t *testing.T) {
 	e, err := schema.Explain("APIPolicy.spec.rules.token.boundTo", false)
 	if err != nil || e.Path != "spec.rules.token.boundTo" || e.Type != "text" || !slices.Equal(e.Words, []string{"mtls", "dpop", "signature"}) ||
-		!slices.Equal(e.RefusedWords, []string{"signature"}) || e.Required || len(e.Fields) != 0 {
+		len(e.RefusedWords) != 0 || e.Required || len(e.Fields) != 0 {
 		t.Errorf("%+v, %v", e, err)
 	}
 	e, err = schema.Explain("machineidentity.spec.tokens", false)

@@ -12,8 +12,6 @@ var unsupported = map[string]bool{
 	"Selector.all": true,
 
 	"RelationModelSpec.engine=spicedb": true,
-
-	"Token.boundTo=signature": true,
 }
 
 // Refused says whether this version refuses a field of a type.

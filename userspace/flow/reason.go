@@ -81,36 +81,42 @@ const (
 
 // Token.
 const (
-	ReasonTokenMissing     Reason = "token_missing"
-	ReasonTokenMalformed   Reason = "token_malformed"
-	ReasonTokenTooLarge    Reason = "token_too_large"
-	ReasonTokenAmbiguous   Reason = "token_ambiguous"   // duplicate or case-folded member names
-	ReasonTokenPlace       Reason = "token_place"       // two Authorization headers, or in the query
-	ReasonTokenAlgorithm   Reason = "token_algorithm"   // none, not the key's own, not allowed
-	ReasonTokenHeader      Reason = "token_header"      // crit, b64, jwk, jku, x5u
-	ReasonTokenType        Reason = "token_type"        // typ
-	ReasonTokenIssuer      Reason = "token_issuer"      // iss
-	ReasonTokenAudience    Reason = "token_audience"    // aud
-	ReasonTokenKey         Reason = "token_key"         // unknown kid
-	ReasonTokenSignature   Reason = "token_signature"   // does not verify
-	ReasonTokenExpired     Reason = "token_expired"     // exp
-	ReasonTokenNotYet      Reason = "token_not_yet"     // nbf or iat in the future
-	ReasonTokenLifetime    Reason = "token_lifetime"    // no exp, or longer than the issuer may give
-	ReasonTokenClaims      Reason = "token_claims"      // a claim's type or required value
-	ReasonTokenScope       Reason = "token_scope"       // scopes
-	ReasonTokenBinding     Reason = "token_binding"     // bound to another certificate or key
-	ReasonTokenProof       Reason = "token_proof"       // bound, and no proof came with it
-	ReasonProofMissing     Reason = "dpop_missing"      // bound to a key, and no DPoP proof came
-	ReasonProofMalformed   Reason = "dpop_malformed"    // a DPoP proof that cannot be read or verified
-	ReasonProofMismatch    Reason = "dpop_mismatch"     // htm, htu or ath
-	ReasonProofStale       Reason = "dpop_stale"        // iat
-	ReasonProofReplayed    Reason = "dpop_replayed"     // jti
-	ReasonTokenUnbound     Reason = "token_unbound"     // the rule asks for a bound token
-	ReasonTokenInactive    Reason = "token_inactive"    // the issuer says so (RFC 7662)
-	ReasonTokenRevoked     Reason = "token_revoked"     // jti, subject or issuer revoked
-	ReasonTokenKeysStale   Reason = "token_keys_stale"  // the issuer's keys are older than the hard limit
-	ReasonTokenUnavailable Reason = "token_unavailable" // the issuer's keys were never had
-	ReasonStepUp           Reason = "step_up"           // acr or auth_time not enough (RFC 9470)
+	ReasonTokenMissing       Reason = "token_missing"
+	ReasonTokenMalformed     Reason = "token_malformed"
+	ReasonTokenTooLarge      Reason = "token_too_large"
+	ReasonTokenAmbiguous     Reason = "token_ambiguous"     // duplicate or case-folded member names
+	ReasonTokenPlace         Reason = "token_place"         // two Authorization headers, or in the query
+	ReasonTokenAlgorithm     Reason = "token_algorithm"     // none, not the key's own, not allowed
+	ReasonTokenHeader        Reason = "token_header"        // crit, b64, jwk, jku, x5u
+	ReasonTokenType          Reason = "token_type"          // typ
+	ReasonTokenIssuer        Reason = "token_issuer"        // iss
+	ReasonTokenAudience      Reason = "token_audience"      // aud
+	ReasonTokenKey           Reason = "token_key"           // unknown kid
+	ReasonTokenSignature     Reason = "token_signature"     // does not verify
+	ReasonTokenExpired       Reason = "token_expired"       // exp
+	ReasonTokenNotYet        Reason = "token_not_yet"       // nbf or iat in the future
+	ReasonTokenLifetime      Reason = "token_lifetime"      // no exp, or longer than the issuer may give
+	ReasonTokenClaims        Reason = "token_claims"        // a claim's type or required value
+	ReasonTokenScope         Reason = "token_scope"         // scopes
+	ReasonTokenBinding       Reason = "token_binding"       // bound to another certificate or key
+	ReasonTokenProof         Reason = "token_proof"         // bound, and no proof came with it
+	ReasonProofMissing       Reason = "dpop_missing"        // bound to a key, and no DPoP proof came
+	ReasonProofMalformed     Reason = "dpop_malformed"      // a DPoP proof that cannot be read or verified
+	ReasonProofMismatch      Reason = "dpop_mismatch"       // htm, htu or ath
+	ReasonProofStale         Reason = "dpop_stale"          // iat
+	ReasonProofReplayed      Reason = "dpop_replayed"       // jti
+	ReasonSignatureMissing   Reason = "signature_missing"   // bound to a key that signs requests, and none came
+	ReasonSignatureMalformed Reason = "signature_malformed" // one that cannot be read or verified
+	ReasonSignatureCovers    Reason = "signature_covers"    // it does not cover all that it must
+	ReasonSignatureDigest    Reason = "signature_digest"    // the content is another
+	ReasonSignatureStale     Reason = "signature_stale"     // created, expires
+	ReasonSignatureReplayed  Reason = "signature_replayed"  // nonce
+	ReasonTokenUnbound       Reason = "token_unbound"       // the rule asks for a bound token
+	ReasonTokenInactive      Reason = "token_inactive"      // the issuer says so (RFC 7662)
+	ReasonTokenRevoked       Reason = "token_revoked"       // jti, subject or issuer revoked
+	ReasonTokenKeysStale     Reason = "token_keys_stale"    // the issuer's keys are older than the hard limit
+	ReasonTokenUnavailable   Reason = "token_unavailable"   // the issuer's keys were never had
+	ReasonStepUp             Reason = "step_up"             // acr or auth_time not enough (RFC 9470)
 )
 
 // Relation and anomaly.
@@ -170,7 +176,8 @@ func (r Reason) Status() int {
 		ReasonTokenHeader, ReasonTokenType, ReasonTokenIssuer, ReasonTokenAudience, ReasonTokenKey,
 		ReasonTokenSignature, ReasonTokenExpired, ReasonTokenNotYet, ReasonTokenLifetime, ReasonTokenClaims,
 		ReasonTokenBinding, ReasonTokenProof, ReasonTokenUnbound, ReasonTokenRevoked, ReasonTokenInactive, ReasonStepUp, ReasonAnomalyStepUp,
-		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed:
+		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed,
+		ReasonSignatureMissing, ReasonSignatureMalformed, ReasonSignatureCovers, ReasonSignatureDigest, ReasonSignatureStale, ReasonSignatureReplayed:
 		return 401
 	case ReasonTimeout:
 		return 408
@@ -237,6 +244,7 @@ func (r Reason) Told(proven bool) Reason {
 		ReasonTokenMissing, ReasonTokenMalformed, ReasonTokenTooLarge, ReasonTokenAmbiguous, ReasonTokenPlace,
 		ReasonTokenScope, ReasonStepUp,
 		ReasonProofMissing, ReasonProofMalformed, ReasonProofMismatch, ReasonProofStale, ReasonProofReplayed,
+		ReasonSignatureMissing, ReasonSignatureMalformed, ReasonSignatureCovers, ReasonSignatureDigest, ReasonSignatureStale, ReasonSignatureReplayed,
 		ReasonMalformed, ReasonTooLarge, ReasonTarget, ReasonHeaderAmbiguous, ReasonUpgrade, ReasonNotHTTP, ReasonNotGRPC, ReasonTimeout,
 		ReasonThrottled, ReasonAnomalyStepUp:
 		return r

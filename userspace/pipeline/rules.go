@@ -193,9 +193,10 @@ func (r *run) token(rule *compile.Rule) finding {
 	var asked question
 	var old *remembered
 	failed := reason
+	bound := t.Bound == compile.BoundSignature || reason == flow.ReasonOK && claims.KeyThumbprint != [32]byte{}
 	// A token that is bound to a key is proven by each request, and who has the
 	// issuer asked too much has brought that about.
-	holds := r.remembers(rule) && len(r.raw) <= maxRememberedToken && !r.rawDPoP && !errors.Is(err, token.ErrAskedMuch)
+	holds := r.remembers(rule) && len(r.raw) <= maxRememberedToken && !r.rawDPoP && !bound && !errors.Is(err, token.ErrAskedMuch)
 	if holds {
 		asked = r.tokenQuestion(rule)
 	}
@@ -233,7 +234,7 @@ func (r *run) token(rule *compile.Rule) finding {
 	return finding{stage: flow.StageToken}
 }
 
-var bindings = [...]token.Binding{compile.BoundNone: token.BindingNone, compile.BoundMTLS: token.BindingMTLS, compile.BoundDPoP: token.BindingDPoP}
+var bindings = [...]token.Binding{compile.BoundNone: token.BindingNone, compile.BoundMTLS: token.BindingMTLS, compile.BoundDPoP: token.BindingDPoP, compile.BoundSignature: token.BindingSignature}
 
 // verifyLater waits for the issuer's keys and asks once more.
 func (r *run) verifyLater() (claims *token.Claims, reason flow.Reason, err error) {

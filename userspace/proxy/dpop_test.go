@@ -38,6 +38,8 @@ type keyholder struct {
 	jwk   map[string]any
 	token string
 	made  int
+	// issuer signs its tokens.
+	issuer *ecdsa.PrivateKey
 }
 
 // newKeyholder makes one, whose token's issuer the node knows.
@@ -74,13 +76,22 @@ func newKeyholder(t *testing.T, n *node) *keyholder {
 		}
 	}
 	now := time.Now()
-	signed := jwt.NewWithClaims(jwt.SigningMethodES256, jwt.MapClaims{"iss": "https://sso.t.example", "sub": "alice", "aud": "server", "client_id": "c",
+	k.issuer = issuer
+	k.token = k.sign(jwt.MapClaims{"iss": "https://sso.t.example", "sub": "alice", "aud": "server", "client_id": "c",
 		"jti": "t1", "iat": now.Unix(), "exp": now.Add(5 * time.Minute).Unix(), "cnf": map[string]any{"jkt": b64(sum[:])}})
-	signed.Header["kid"], signed.Header["typ"] = "k1", "at+jwt"
-	if k.token, err = signed.SignedString(issuer); err != nil {
-		t.Fatal(err)
-	}
 	return k
+}
+
+// sign makes a token of the issuer.
+func (k *keyholder) sign(claims jwt.MapClaims) string {
+	k.t.Helper()
+	signed := jwt.NewWithClaims(jwt.SigningMethodES256, claims)
+	signed.Header["kid"], signed.Header["typ"] = "k1", "at+jwt"
+	s, err := signed.SignedString(k.issuer)
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	return s
 }
 
 // proof is one for a request.

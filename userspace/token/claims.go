@@ -41,7 +41,7 @@ type Claims struct {
 	AuthTime time.Time
 	// Bound says that the token names what its sender must prove: the
 	// certificate whose SHA-256 digest Thumbprint is (RFC 8705), the key whose
-	// thumbprint (RFC 7638) KeyThumbprint is (RFC 9449), or both.
+	// thumbprint (RFC 7638) KeyThumbprint is (by RFC 9449 or RFC 9421), or both.
 	Bound         bool
 	Thumbprint    [sha256.Size]byte
 	KeyThumbprint [sha256.Size]byte
@@ -56,6 +56,7 @@ type Claims struct {
 	kind  string // typ, lower case, without "application/"
 	proof cnf
 
+	signer *key      // of a cnf with a jwk (RFC 7800 section 3.2), which signs requests
 	opaque bool      // what the issuer answered of an opaque token
 	until  time.Time // that answer counts that long
 }
@@ -67,6 +68,7 @@ const (
 	cnfAbsent      cnf = 0
 	cnfCertificate cnf = 1 << iota // x5t#S256
 	cnfKey                         // jkt
+	cnfSigner                      // jwk
 	cnfOther                       // nothing, or something that cannot be proven here
 )
 
@@ -193,6 +195,15 @@ func readProof(c *Claims, raw map[string]any) bool {
 	}
 	c.Bound = true
 	for name, value := range members {
+		if jwk, ok := value.(map[string]any); ok && name == "jwk" {
+			_, k, err := parseKey(jwk)
+			if err != nil || k == nil {
+				return false
+			}
+			c.proof |= cnfSigner
+			c.signer, c.KeyThumbprint = k, thumbprint(jwk)
+			continue
+		}
 		b := octets(value)
 		switch name {
 		case "x5t#S256":
@@ -209,7 +220,7 @@ func readProof(c *Claims, raw map[string]any) bool {
 			return false
 		}
 	}
-	if len(members) == 0 {
+	if len(members) == 0 || c.proof&(cnfKey|cnfSigner) == cnfKey|cnfSigner {
 		c.proof = cnfOther
 	}
 	return true

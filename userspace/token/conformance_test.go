@@ -191,7 +191,7 @@ func TestConformance(t *testing.T) {
 		{"bound to the certificate, rule asks for DPoP", claim("cnf", bound(leaf)), func(c *Check) { c.BoundTo = BindingDPoP; c.Thumbprints = [][32]byte{leaf} }, flow.ReasonTokenUnbound},
 		{"bound to a key, rule asks for the certificate", claim("cnf", map[string]any{"jkt": b64(leaf[:])}), func(c *Check) { c.BoundTo = BindingMTLS; c.Thumbprints = [][32]byte{leaf} }, flow.ReasonTokenUnbound},
 		{"jkt a byte short", claim("cnf", map[string]any{"jkt": b64(leaf[:31])}), func(c *Check) { c.DPoP = true }, flow.ReasonTokenClaims},
-		{"rule asks for a signature", good, func(c *Check) { c.BoundTo = BindingSignature }, flow.ReasonTokenProof},
+		{"unbound, rule asks for a signature", good, func(c *Check) { c.BoundTo = BindingSignature }, flow.ReasonTokenUnbound},
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {

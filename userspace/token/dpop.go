@@ -219,6 +219,9 @@ func (p *Proof) claims(claims, jwk map[string]any, token []byte, now time.Time) 
 	return flow.ReasonOK, nil
 }
 
+// KeyThumbprint is the thumbprint of a public JWK (RFC 7638).
+func KeyThumbprint(jwk map[string]any) [sha256.Size]byte { return thumbprint(jwk) }
+
 // thumbprint is that of a public JWK which was parsed (RFC 7638 section 3):
 // its required members in lexicographic order. Their values need no escape.
 func thumbprint(jwk map[string]any) [sha256.Size]byte {

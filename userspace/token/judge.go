@@ -117,9 +117,10 @@ func lifetime(t *Claims, i *issuer, now time.Time) (flow.Reason, error) {
 // stolen.
 func (v *Verifier) binding(t *Claims, i *issuer, c *Check, now time.Time) (flow.Reason, error) {
 	switch {
-	case c.BoundTo > BindingDPoP || t.proof&cnfOther != 0:
+	case t.proof&cnfOther != 0:
 		return flow.ReasonTokenProof, errProof
-	case c.BoundTo == BindingMTLS && t.proof&cnfCertificate == 0, c.BoundTo == BindingDPoP && t.proof&cnfKey == 0, i.RequireBinding && t.proof == cnfAbsent:
+	case c.BoundTo == BindingMTLS && t.proof&cnfCertificate == 0, c.BoundTo == BindingDPoP && t.proof&cnfKey == 0,
+		c.BoundTo == BindingSignature && t.proof&cnfSigner == 0, i.RequireBinding && t.proof == cnfAbsent:
 		return flow.ReasonTokenUnbound, errUnbound
 	case (t.proof&cnfKey != 0) != c.DPoP: // RFC 9449 section 7.2
 		return flow.ReasonTokenProof, errProofScheme
@@ -131,6 +132,9 @@ func (v *Verifier) binding(t *Claims, i *issuer, c *Check, now time.Time) (flow.
 		if !proves(&t.Thumbprint, c.Thumbprints) {
 			return flow.ReasonTokenBinding, errBinding
 		}
+	}
+	if t.proof&cnfSigner != 0 {
+		return c.Proof.signed(t.signer, &t.KeyThumbprint, v.proofs, now)
 	}
 	if t.proof&cnfKey != 0 {
 		return c.Proof.of(&t.KeyThumbprint, c.raw, v.proofs, now)

@@ -34,7 +34,7 @@ const (
 	BindingNone      Binding = iota
 	BindingMTLS              // RFC 8705: the caller's certificate
 	BindingDPoP              // RFC 9449: a key, by a proof with each request
-	BindingSignature         // RFC 9421; nothing here can prove it, so it refuses
+	BindingSignature         // RFC 9421: a key, which signs each request
 )
 
 // Issuer is what is pinned of a token issuer.

@@ -59,7 +59,7 @@ type Bearer struct {
 	// Scopes make scope.
 	Scopes []string `json:"scopes"`
 	// Bound is what the token is bound to: the caller's certificate (RFC 8705)
-	// or a key of which the call brings a proof (RFC 9449), another of the
+	// or a key of which the call brings a proof (RFC 9449, RFC 9421), another of the
 	// kind that the policy's rules ask for, or nothing; absent: what a rule of
 	// the policy asks for by boundTo, else none.
 	Bound string `json:"bound" oneof:"caller|key|other|none"`

@@ -62,6 +62,7 @@ type Resolved struct {
 	bound       [][sha256.Size]byte
 	key         [sha256.Size]byte // thumbprint of that which the token is bound to, zero for none
 	provenKey   [sha256.Size]byte // of which the call brings a proof
+	signs       bool              // the proof is a signature: the token has the key itself
 	posture     *Posture
 	tuples      map[string][]relation.Tuple
 	now         time.Time
@@ -332,10 +333,11 @@ func (r *resolver) bearer() {
 		case bound != "":
 		case t.Bound == compile.BoundMTLS:
 			bound = "caller"
-		case t.Bound == compile.BoundDPoP:
+		case t.Bound == compile.BoundDPoP, t.Bound == compile.BoundSignature:
 			bound = "key"
 		}
-		key = key || t.Bound == compile.BoundDPoP
+		key = key || t.Bound == compile.BoundDPoP || t.Bound == compile.BoundSignature
+		out.signs = out.signs || t.Bound == compile.BoundSignature
 	}
 	slices.Sort(audiences)
 	audiences = slices.Compact(audiences)

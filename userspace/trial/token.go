@@ -89,7 +89,7 @@ func newSigner(i *compile.Issuer) (*signer, error) {
 }
 
 // sign makes the token of a call.
-func (s *signer) sign(b *Bearer, caller string, audience []string, bound [][sha256.Size]byte, key [sha256.Size]byte, now time.Time) (string, error) {
+func (s *signer) sign(b *Bearer, caller string, audience []string, bound [][sha256.Size]byte, key [sha256.Size]byte, jwk map[string]any, now time.Time) (string, error) {
 	issued := now.Add(-age(b.Age, 0))
 	lifetime := age(b.Lifetime, min(defaultLifetime, s.issuer.MaxLifetime))
 	claims := jwt.MapClaims{
@@ -109,6 +109,8 @@ func (s *signer) sign(b *Bearer, caller string, audience []string, bound [][sha2
 	switch {
 	case len(bound) > 0:
 		claims["cnf"] = map[string]any{"x5t#S256": base64.RawURLEncoding.EncodeToString(bound[0][:])}
+	case jwk != nil:
+		claims["cnf"] = map[string]any{"jwk": jwk}
 	case key != [sha256.Size]byte{}:
 		claims["cnf"] = map[string]any{"jkt": base64.RawURLEncoding.EncodeToString(key[:])}
 	}
@@ -126,4 +128,10 @@ func (s *signer) sign(b *Bearer, caller string, audience []string, bound [][sha2
 		return "", fmt.Errorf("sign a token as %s: %w", s.issuer.FullName(), err)
 	}
 	return text, nil
+}
+
+// publicKey is an Ed25519 key made of a seed.
+func publicKey(seed [sha256.Size]byte) map[string]any {
+	public := ed25519.NewKeyFromSeed(seed[:]).Public().(ed25519.PublicKey)
+	return map[string]any{"kty": "OKP", "crv": "Ed25519", "x": base64.RawURLEncoding.EncodeToString(public)}
 }

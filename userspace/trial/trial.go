@@ -211,12 +211,19 @@ func (t *Trial) authorize(c *Resolved) ([]string, error) {
 	if err := t.tokens.SetKeys(c.issuer.FullName(), s.jwks, c.now); err != nil {
 		return nil, err
 	}
-	text, err := s.sign(c.token, c.caller(), c.audience, c.bound, c.key, c.now)
+	var jwk map[string]any
+	if c.signs && c.key != [sha256.Size]byte{} {
+		// Which key it is depends on who holds it alone.
+		jwk = publicKey(c.key)
+		own := token.KeyThumbprint(publicKey(certificate("the caller's key")))
+		c.provenKey = own
+	}
+	text, err := s.sign(c.token, c.caller(), c.audience, c.bound, c.key, jwk, c.now)
 	if err != nil {
 		return nil, err
 	}
 	scheme := "Bearer "
-	if c.key != [sha256.Size]byte{} {
+	if c.key != [sha256.Size]byte{} && !c.signs {
 		scheme = "DPoP "
 	}
 	return slices.Concat(c.headers, []string{"Authorization: " + scheme + text}), nil
