@@ -239,7 +239,7 @@ func (a *Agent) openOn(ctx context.Context, notices io.Writer) (closers []func()
 	a.introspection = introspect.New(nil)
 	closers = append(closers, a.introspection.Close)
 	a.hosts = hosts.New(hosts.Options{Changed: func() { a.reconcile(func(*inputs) {}) }})
-	a.finder, err = workload.New(workload.Options{Scope: a.scope, Logger: a.log})
+	a.finder, err = workload.New(workload.Options{Scope: a.scope, Own: a.cgroups.paths(), Logger: a.log})
 	if err != nil {
 		return closers, err
 	}

@@ -29,6 +29,11 @@ func (o *ownCgroups) own(path string) bool {
 	return at == o.agent || at == o.userspace
 }
 
+// paths are this agent's own cgroups, in the hierarchy.
+func (o *ownCgroups) paths() []string {
+	return []string{strings.TrimPrefix(o.agent, o.mount), strings.TrimPrefix(o.userspace, o.mount)}
+}
+
 // findCgroups finds the subtree to look after and where the agent's own leaf
 // in it is. A process that is beneath the subtree already (a systemd unit with
 // Delegate=) stays beneath its own cgroup.

@@ -243,7 +243,7 @@ func recognised(id *compile.Identity) (workload.Identity, bool) {
 		return workload.Identity{}, false
 	}
 	w := workload.Identity{
-		Name: id.FullName(), Unit: s.SystemdUnit, Path: s.CgroupPath, Binary: s.ProcessBinary, Digest: s.ProcessDigest, Endpoints: id.Endpoints,
+		Name: id.FullName(), All: s.All, Unit: s.SystemdUnit, Path: s.CgroupPath, Binary: s.ProcessBinary, Digest: s.ProcessDigest, Endpoints: id.Endpoints,
 	}
 	if s.HasUID {
 		w.UID = &s.UID

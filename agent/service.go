@@ -225,6 +225,9 @@ func selectorText(s *compile.Selector) string {
 		return ""
 	}
 	var lines []string
+	if s.All {
+		lines = append(lines, "all")
+	}
 	if k := s.Kubernetes; k != nil {
 		lines = append(lines, "kubernetes.serviceAccount="+k.ServiceAccount)
 		for _, name := range slices.Sorted(maps.Keys(k.Labels)) {

@@ -19,6 +19,8 @@ import (
 // both; every line that is set must match.
 type Identity struct {
 	Name string // NAMESPACE/NAME
+	// All is every workload that no other identity selects: it stands alone.
+	All bool
 	// Unit is a unit of the system manager, as in payments.service. It is
 	// matched on the manager's own path, /system.slice/UNIT (a template's
 	// instance: /system.slice/system-TEMPLATE.slice/UNIT): a delegated
@@ -137,6 +139,9 @@ func (l looker) program(i *Identity, pid int) string {
 
 // by says by what the identity recognises its workloads.
 func (i *Identity) by() string {
+	if i.All {
+		return "all"
+	}
 	var lines []string
 	if i.Unit != "" {
 		lines = append(lines, "systemd.unit "+i.Unit)
@@ -158,6 +163,9 @@ func (i *Identity) by() string {
 
 // valid says whether the identity can be looked for.
 func (i *Identity) valid() error {
+	if i.All {
+		return nil
+	}
 	if i.Path != "" && (!path.IsAbs(i.Path) || path.Clean(i.Path) != i.Path) {
 		return fmt.Errorf("%s: cgroup.path %q is not a clean absolute path", i.Name, i.Path)
 	}

@@ -37,10 +37,17 @@ func (r *Recogniser) scan() (*Table, []*held) {
 	s := scan{r: r, look: r.looker(), cgroups: map[string]*scanned{}, named: map[string]bool{}}
 	r.watch.begin()
 	for i := range identities {
-		s.identity(&identities[i])
+		if !identities[i].All {
+			s.identity(&identities[i])
+		}
 	}
 	r.watch.end()
 	s.withhold()
+	for i := range identities {
+		if identities[i].All {
+			s.rest(&identities[i], identities)
+		}
+	}
 	s.namespaces(identities)
 	table, release := s.table()
 	table.Of = of
@@ -112,6 +119,62 @@ func (s *scan) withhold() {
 			}
 			break
 		}
+	}
+}
+
+// maxRest bounds the cgroups that are recognised because nobody else is: they
+// share the kernel's table with those that are somebody.
+const maxRest = 4096
+
+// rest finds the workloads of the identity that is all of them: the cgroups
+// with processes that no other selects. None is among them that another
+// identity's selector would narrow down, since what did not match is nobody; nor
+// the agent's own, the root and what starts everything else; nor one above any
+// of these, which to the kernel would be it too. They are not watched: the next
+// rescan notices what changes.
+func (s *scan) rest(i *Identity, all []Identity) {
+	s.named[i.Name] = true
+	apart := append([]string{"/init.scope"}, s.r.opt.Own...)
+	for n := range all {
+		for _, root := range all[n].roots() {
+			apart = append(apart, path.Join(s.r.opt.Scope, root))
+		}
+	}
+	seen, found := 0, 0
+	err := filepath.WalkDir(filepath.Join(s.r.opt.Root, s.r.opt.Scope), func(full string, d fs.DirEntry, err error) error {
+		p := path.Join("/", strings.TrimPrefix(full, s.r.opt.Root))
+		switch {
+		case err != nil && gone(err):
+			return nil
+		case err != nil:
+			return err
+		case !d.IsDir():
+			return nil
+		case slices.ContainsFunc(apart, func(a string) bool { return within(p, a) }):
+			return fs.SkipDir
+		}
+		if seen++; seen > s.r.opt.MaxCgroups {
+			return errTooMany
+		}
+		if p == "/" || s.cgroups[p] != nil || slices.ContainsFunc(apart, func(a string) bool { return within(a, p) }) {
+			return nil
+		}
+		procs, err := processes(full)
+		if err != nil || len(procs) == 0 {
+			return nil //nolint:nilerr // it ended, or it has none
+		}
+		var st unix.Stat_t
+		if unix.Lstat(full, &st) != nil {
+			return nil // it ended
+		}
+		if found++; found > maxRest {
+			return errTooMany
+		}
+		s.cgroups[p] = &scanned{Cgroup: Cgroup{ID: st.Ino, Path: p, Processes: len(procs), Top: true}, procs: procs, names: []string{i.Name}, bys: []string{i.by()}, netns: map[uint64]bool{}}
+		return nil
+	})
+	if err != nil {
+		s.problem("%s: look at all cgroups: %v", i.Name, err)
 	}
 }
 

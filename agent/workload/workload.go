@@ -27,7 +27,9 @@ type Options struct {
 	// Rescan is how often everything is looked at without a cause: what no
 	// notification tells (a process that joins, or that changes its
 	// namespace) is noticed that late. 1 s if 0.
-	Rescan     time.Duration
+	Rescan time.Duration
+	// Own are the agent's own cgroups, beneath Root: no workloads.
+	Own        []string
 	MaxCgroups int // cgroups in the table; 16384 if 0
 	MaxWatches int // inotify watches; 8192 if 0. Beyond, changes are noticed at the next rescan
 	Logger     *slog.Logger

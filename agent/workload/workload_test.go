@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -501,4 +502,49 @@ func BenchmarkScan(b *testing.B) {
 			b.Fatal(len(table.Cgroups))
 		}
 	}
+}
+
+// TestAll: who is nobody else's is everybody's, but for what must be nobody.
+func TestAll(t *testing.T) {
+	testenv.RequireRoot(t)
+	scope := testenv.NewCgroup(t, nil)
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sleep, err = filepath.EvalSymlinks(sleep); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{"/mine", "/mine/deep", "/wrong", "/free", "/free/deep", "/own/leaf", "/own/other", "/above/below/narrowed"} {
+		sleeper(t, cgroup(t, scope, p), nil)
+	}
+	root, err := CgroupRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := path.Join(strings.TrimPrefix(scope.Path, root), "own/leaf")
+	r, until := run(t, scope, Options{Rescan: 20 * time.Millisecond, Own: []string{own}})
+	all := []Identity{
+		{Name: "rest", All: true},
+		{Name: "mine", Path: "/mine"},
+		{Name: "wrong", Path: "/wrong", Binary: "/bin/none"},
+		{Name: "narrowed", Path: "/above/below/narrowed", Binary: sleep},
+	}
+	r.SetIdentities(all)
+	got := until("the rest", is("/above/below/narrowed=narrowed:1 /free=rest:1 /free/deep=rest:1 /mine=mine:1 /mine/deep=mine:1 /own/other=rest:1"))
+	for _, c := range got.Cgroups {
+		if c.Identity == "rest" && c.By != "all" {
+			t.Errorf("%s by %q", c.Path, c.By)
+		}
+	}
+	// One that comes later, and one above what is somebody's.
+	sleeper(t, cgroup(t, scope, "/late"), nil)
+	until("a late one", is("/above/below/narrowed=narrowed:1 /free=rest:1 /free/deep=rest:1 /late=rest:1 /mine=mine:1 /mine/deep=mine:1 /own/other=rest:1"))
+	sleeper(t, &testenv.Cgroup{Path: filepath.Join(scope.Path, "above")}, nil)
+	r.SetIdentities(all[:2])
+	until("fewer others", is("/above=rest:1 /above/below/narrowed=rest:1 /free=rest:1 /free/deep=rest:1 /late=rest:1 /mine=mine:1 /mine/deep=mine:1 /own/other=rest:1 /wrong=rest:1"))
+	r.SetIdentities(all)
+	until("all of them again", is("/above/below/narrowed=narrowed:1 /free=rest:1 /free/deep=rest:1 /late=rest:1 /mine=mine:1 /mine/deep=mine:1 /own/other=rest:1"))
+	r.SetIdentities(all[1:])
+	until("nobody is all", is("/above/below/narrowed=narrowed:1 /mine=mine:1 /mine/deep=mine:1"))
 }

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/load"
-	"github.com/sallyport-dev/sallyport/policies/schema"
 	"github.com/sallyport-dev/sallyport/policies/v1alpha1"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
@@ -203,7 +202,7 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 		}
 		return
 	}
-	out := &Selector{}
+	out := &Selector{All: s.All}
 	if s.UID != nil {
 		out.UID, out.HasUID = *s.UID, true
 	}
@@ -226,6 +225,10 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 		}
 	}
 	switch {
+	case s.All && (len(places) > 0 || s.UID != nil || s.Process != nil):
+		c.report.Errorf(d.Key("spec", "select", "all"), "all: stands alone; without it the other lines say who is meant")
+	case s.All:
+		c.everything(id, d)
 	case len(places) > 1:
 		c.report.Errorf(key, "select: %s each name the workload's cgroup; keep one", strings.Join(places, " and "))
 	case s.Kubernetes != nil:
@@ -242,8 +245,6 @@ func (c *compiler) selector(id *Identity, d *identityDoc) {
 	case s.UID != nil || s.Process != nil:
 		c.report.Errorf(key, "select: uid and process only narrow a service account, a systemd unit or a cgroup down; add one")
 	case !d.Empty("spec", "select"): // what is there was reported
-	case schema.Refused("Selector", "all"):
-		c.report.Errorf(key, "select: empty would match every workload; name a service account, a systemd unit or a cgroup")
 	default:
 		c.report.Errorf(key, "select: empty would match every workload; write \"all: true\" if you mean it")
 	}
@@ -260,6 +261,23 @@ func (c *compiler) processDigest(d *identityDoc, text string) string {
 		c.report.Errorf(d.At("spec", "select", "process", "digest"), "digest: %q is not sha256: and the 64 hexadecimal digits that sha256sum prints", text)
 	}
 	return digest
+}
+
+// everything holds an identity to what one can be that is every workload which
+// no other selects: a caller, and the only one.
+func (c *compiler) everything(id *Identity, d *identityDoc) {
+	at := d.Key("spec", "select", "all")
+	for _, other := range c.plan.identities {
+		if other.Selector != nil && other.Selector.All {
+			c.report.Errorf(at, "all: %s is all workloads already", c.other(other.fullName, other.Position))
+		}
+	}
+	if _, ok := d.Lookup("spec", "endpoints"); ok {
+		c.report.Errorf(d.Key("spec", "endpoints"), "endpoints: who is any workload serves nowhere; select the one that does")
+	}
+	if id.Mode == flow.ModeEnforce {
+		c.report.Warnf(at, "all: in enforce the services of the system itself go nowhere that mayCall and egress do not list, sshd and what asks the resolver among them")
+	}
 }
 
 func (c *compiler) unit(d *identityDoc, unit string) {
@@ -298,6 +316,16 @@ func (c *compiler) checkSelectors(docs map[*Identity]*identityDoc) {
 		}
 	}
 	c.checkPods(docs)
+	for _, id := range c.plan.identities {
+		if id.Selector == nil || !id.Selector.All {
+			continue
+		}
+		for _, other := range c.plan.identities {
+			if other.Selector != nil && other.Selector.Kubernetes != nil {
+				c.report.Errorf(docs[id].Key("spec", "select", "all"), "all: this version has no source of pods; those of %s would be taken for it", c.other(other.fullName, other.Position))
+			}
+		}
+	}
 	for _, id := range c.plan.identities {
 		own := id.Selector.place()
 		for p := own; p != "" && p != "/" && p != "."; p = path.Dir(p) {

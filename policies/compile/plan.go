@@ -136,8 +136,11 @@ func (i *Identity) MayCallIdentity(dst *Identity) bool {
 func (i *Identity) Expired(now time.Time) bool { return !i.Expires.IsZero() && !now.Before(i.Expires) }
 
 // Selector says how the kernel recognises a workload; every field that is
-// set must match. Exactly one of Kubernetes, SystemdUnit and CgroupPath is set.
+// set must match. Exactly one of All, Kubernetes, SystemdUnit and
+// CgroupPath is set.
 type Selector struct {
+	// All selects what no other identity does; it stands alone.
+	All           bool
 	Kubernetes    *Kubernetes
 	SystemdUnit   string // full unit name, of the system manager
 	CgroupPath    string // clean and absolute beneath the cgroup root, the cgroup and what is beneath it

@@ -59,6 +59,8 @@ func (c *compiler) api(d *policyDoc) *API {
 	if ref := spec.Protect.Identity; ref != "" {
 		if a.Identity = c.identities[fullName(d.Namespace, ref)]; a.Identity == nil {
 			c.dangling(d.At("spec", "protect", "identity"), "identity", toIdentity, d.Namespace, ref)
+		} else if s := a.Identity.Selector; s != nil && s.All {
+			c.report.Errorf(d.At("spec", "protect", "identity"), "identity: %q is any workload; protect the one that serves", ref)
 		}
 	} else {
 		c.empty(&d.Document, "identity", "spec", "protect", "identity")

@@ -123,7 +123,7 @@ var comments = map[string]string{
 	"SBOM.MaxAge":                       "MaxAge is how old it may be.",
 	"SBOM.Required":                     "Required says that a program without one does not suffice.",
 	"Selector":                          "Selector says how the kernel recognises a workload.",
-	"Selector.All":                      "All says that every workload of the node is meant.",
+	"Selector.All":                      "All says that every workload of the node is meant that no other MachineIdentity selects. It stands alone, and only calls: it has no endpoints, and no APIPolicy protects it.",
 	"Selector.Process":                  "Process narrows by what runs; never alone.",
 	"Selector.UID":                      "UID is the numeric user that its processes run as; never alone.",
 	"Size":                              "Size is a number of bytes, written as 65536, 64KiB or 1MiB.",

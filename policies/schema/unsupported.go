@@ -9,8 +9,6 @@ import "github.com/sallyport-dev/sallyport/policies/internal/ungated"
 // line that is accepted and does nothing protects nobody. What is built is
 // taken out.
 var unsupported = map[string]bool{
-	"Selector.all": true,
-
 	"RelationModelSpec.engine=spicedb": true,
 }
 

@@ -52,7 +52,9 @@ type Obtain struct {
 
 // Selector says how the kernel recognises a workload.
 type Selector struct {
-	// All says that every workload of the node is meant.
+	// All says that every workload of the node is meant that no other
+	// MachineIdentity selects. It stands alone, and only calls: it has no
+	// endpoints, and no APIPolicy protects it.
 	All        bool                `json:"all"`
 	Kubernetes *KubernetesSelector `json:"kubernetes"`
 	Systemd    *SystemdSelector    `json:"systemd"`
