@@ -5,6 +5,7 @@ package introspect
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"io"
 	"log"
 	"net/http"
@@ -119,7 +120,7 @@ func TestAsk(t *testing.T) {
 			t.Fatalf("%d questions", len(c.slots))
 		}
 	}
-	if _, err := c.Ask(t.Context(), s.URL, credentials, "tok"); err != ErrBusy {
+	if _, err := c.Ask(t.Context(), s.URL, credentials, "tok"); !errors.Is(err, ErrBusy) {
 		t.Errorf("one more: %v", err)
 	}
 	cancel()

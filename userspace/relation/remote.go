@@ -177,13 +177,13 @@ func (e *Engine) follow(ctx context.Context, m *model, parsed *openfgav1.Authori
 		case err == nil:
 			retry, token = retryMin, next
 			r.problem.Store(nil)
-			r.polled.Store(began.UnixNano())
 			if len(changed) > 0 {
 				m.lastWrite.Store(e.now().UnixNano())
 				m.touch(changed)
 				e.opt.Changed(m.name)
-				continue // there may be more
+				continue // there may be more, and until it is read memory is not fresh
 			}
+			r.polled.Store(began.UnixNano())
 		case !r.failed(ctx, e, m, err, &retry):
 			return
 		default:
