@@ -415,8 +415,8 @@ func (h *hostile) drop() {
 	}
 }
 
-// ready waits until the agent has told everything.
-func (h *hostile) ready() *hostile {
+// up waits until the agent has told everything.
+func (h *hostile) up() *hostile {
 	h.g.t.Helper()
 	select {
 	case <-h.started:
@@ -425,6 +425,20 @@ func (h *hostile) ready() *hostile {
 	}
 	if h.g.session.Load() == nil {
 		h.g.t.Fatal("there is no session")
+	}
+	return h
+}
+
+// ready is up, and all of that is taken note of.
+func (h *hostile) ready() *hostile {
+	h.g.t.Helper()
+	h.up()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	// What it does not answer is refused in order, after all that came before.
+	_, _, err := h.g.session.Load().conn.Call(ctx, &linepb.Message{Body: &linepb.Message_Drain{Drain: &linepb.Drain{}}})
+	if err == nil || !strings.Contains(err.Error(), "not answered") {
+		h.g.t.Fatalf("what was told has not been read: %v", err)
 	}
 	return h
 }

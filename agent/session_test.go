@@ -229,7 +229,7 @@ func TestProcessThatTakesNoPoliciesIsEnded(t *testing.T) {
 	h := g.connect(func(in *line.Incoming) bool {
 		in.Later()
 		return in.Message.GetPolicies() != nil
-	}).ready()
+	}).up()
 	h.ended()
 	if g.session.Load().generation != 0 {
 		t.Error("its policies are taken for in force")
