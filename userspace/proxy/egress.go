@@ -3,7 +3,9 @@
 package proxy
 
 import (
+	"bytes"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"net/netip"
 	"os"
@@ -50,9 +52,13 @@ func (c *call) plain() {
 		switch {
 		case name == "" && r == nil:
 			return // the client has gone
-		case r == nil:
+		case r == nil && !c.enforced():
 			host = name
-		default:
+			c.proveBeside(name)
+		case r == nil:
+			host, r = name, c.prove(name)
+		}
+		if r != nil {
 			c.begin(flow.ProtocolTCP)
 			if c.enforced() {
 				c.fail(r)
@@ -97,8 +103,8 @@ func verifiesHost(src *compile.Identity, host string, port uint16) bool {
 	})
 }
 
-// asksFor returns the host that the client asks for by its ClientHello, once
-// the address has proven to be that host; neither where the client has gone.
+// asksFor returns the host that the client asks for by its ClientHello, which
+// is one that egress lists; neither where the client has gone.
 func (c *call) asksFor() (host string, r *refusal) {
 	if !verifies(c.src, c.dst.Port()) {
 		return "", &refusal{flow.StagePolicy, flow.ReasonEgress, "nobody claims the address, and the caller's egress does not list it"}
@@ -123,7 +129,24 @@ func (c *call) asksFor() (host string, r *refusal) {
 	case !verifiesHost(c.src, name, c.dst.Port()):
 		return "", &refusal{flow.StageChannel, flow.ReasonEgressTLS, "the ClientHello asks for " + strconv.Quote(name) + ", which egress does not list there"}
 	}
-	return name, c.prove(name)
+	return name, nil
+}
+
+// proveBeside tells what enforce would refuse, and holds nothing up.
+func (c *call) proveBeside(host string) {
+	p, peer, dst, netns, mode := c.p, c.peer, c.dst, c.fromNetns, c.fromMode
+	c.t.Go(func(t *netloop.Task) {
+		b := p.newCall(t, nil)
+		defer b.release()
+		b.leaving, b.peer, b.dst, b.fromNetns, b.fromMode = true, peer, dst, netns, mode
+		b.resolve()
+		if r := b.prove(host); r != nil {
+			b.begin(flow.ProtocolTCP)
+			b.refuse(r.stage, r.reason, r.detail)
+			b.d.Enforced = false // the connection has gone on
+			b.record(0, 0)
+		}
+	})
 }
 
 // prove has the address prove that it is the host; one task asks while the
@@ -179,16 +202,41 @@ func (c *call) probe(host string, deadline time.Time) (until time.Time, r *refus
 	}
 	defer conn.Abort()
 	_ = conn.SetDeadline(deadline)
-	var seen time.Time // the certificate's end, once it has proven the name
-	err = tls.Client(conn, &tls.Config{ServerName: host, RootCAs: c.p.opt.Roots, MinVersion: tls.VersionTLS12,
+	var signed keySigned
+	var certificate *x509.Certificate
+	err = tls.Client(conn, &tls.Config{ServerName: host, RootCAs: c.p.opt.Roots, MinVersion: tls.VersionTLS12, CipherSuites: signedSuites, KeyLogWriter: &signed,
 		VerifyConnection: func(s tls.ConnectionState) error {
-			seen = s.PeerCertificates[0].NotAfter
+			certificate = s.PeerCertificates[0]
 			return nil
 		}}).Handshake()
-	if err != nil && seen.IsZero() {
+	// What it asks of a client is the client's: a host that wants a certificate
+	// has proven its own before it refuses.
+	if err != nil && (certificate == nil || !bool(signed)) {
 		return time.Now().Add(hostProofPause), &refusal{flow.StageUpstream, flow.ReasonEgressCertificate, c.dst.String() + " does not prove to be " + host + ": " + err.Error()}
 	}
-	return earlier(time.Now().Add(hostProofLife), seen), nil // what it asks of a client is the client's
+	return earlier(time.Now().Add(hostProofLife), certificate.NotAfter), nil
+}
+
+// signedSuites are those of TLS 1.2 in which the host signs its key share (RFC
+// 8422 section 5.4).
+var signedSuites = func() (list []uint16) {
+	for _, s := range tls.CipherSuites() { // of which none has the key agreed by RSA
+		list = append(list, s.ID)
+	}
+	return list
+}()
+
+// keySigned is told that a handshake of TLS 1.2 has a master secret: with
+// signedSuites, the host's signature over this handshake has been verified by
+// then. It keeps nothing. A handshake of TLS 1.3 ends for a client only after
+// that (RFC 8446 section 4.4), and says nothing here that counts.
+type keySigned bool
+
+func (k *keySigned) Write(line []byte) (int, error) {
+	if bytes.HasPrefix(line, []byte("CLIENT_RANDOM ")) {
+		*k = true
+	}
+	return len(line), nil
 }
 
 // watchHost registers a connection to a verified host, so that it ends when

@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -58,15 +59,16 @@ type partnered struct {
 	conns atomic.Int32
 }
 
-// newPartnered has the host show a certificate; mutual asks for the client's.
-func newPartnered(t *testing.T, goroutines bool, mode string, cert tls.Certificate, roots *x509.CertPool, mutual bool) *partnered {
+// newPartnered has the host show a certificate; each of change is done to what
+// it speaks TLS by.
+func newPartnered(t *testing.T, goroutines bool, mode string, cert tls.Certificate, roots *x509.CertPool, change ...func(*tls.Config)) *partnered {
 	t.Helper()
 	text := "mode: " + mode + ", mayCall: [server], egress: [{host: " + partner + ", ports: [6000], tls: verify}]"
 	p := &partnered{node: oneNode(t, nodeOptions{goroutines: goroutines, plan: changed(t, "mode: enforce, mayCall: [server], egress: [{cidr: 10.0.2.0/24, ports: [6000]}]", text),
 		change: func(o *Options) { o.Roots = roots }})}
 	config := &tls.Config{Certificates: []tls.Certificate{cert}}
-	if mutual {
-		config.ClientAuth = tls.RequireAnyClientCert
+	for _, f := range change {
+		f(config)
 	}
 	p.raw(func(c *net.TCPConn) {
 		p.conns.Add(1)
@@ -105,7 +107,7 @@ func TestEgressVerified(t *testing.T) {
 	other, otherRoots := hostCertificate(t, "other.test", time.Now().Add(time.Hour))
 	ended, endedRoots := hostCertificate(t, partner, time.Now().Add(-time.Hour))
 	eachEngine(t, func(t *testing.T, goroutines bool) {
-		n := newPartnered(t, goroutines, "enforce", good, goodRoots, false)
+		n := newPartnered(t, goroutines, "enforce", good, goodRoots)
 		for range 3 {
 			if _, err := n.speak(t, partner); err != nil {
 				t.Fatalf("%v: %+v", err, n.records())
@@ -144,25 +146,100 @@ func TestEgressVerified(t *testing.T) {
 			t.Errorf("%d connections came to the host", got)
 		}
 		for name, x := range map[string]*partnered{
-			"another name": newPartnered(t, goroutines, "enforce", other, otherRoots, false), "an end": newPartnered(t, goroutines, "enforce", ended, endedRoots, false),
-			"unknown roots": newPartnered(t, goroutines, "enforce", good, otherRoots, false),
+			"another name": newPartnered(t, goroutines, "enforce", other, otherRoots), "an end": newPartnered(t, goroutines, "enforce", ended, endedRoots),
+			"unknown roots": newPartnered(t, goroutines, "enforce", good, otherRoots),
 		} {
 			if _, err := x.speak(t, partner); err == nil {
 				t.Errorf("%s: it was reached", name)
 			}
 			x.recorded(flow.ReasonEgressCertificate)
 		}
-		// A host that wants to know the client is proven all the same.
-		m := newPartnered(t, goroutines, "enforce", good, goodRoots, true)
-		own := tls.Client(dialTCP(t, m.addr), &tls.Config{ServerName: partner, InsecureSkipVerify: true, Certificates: []tls.Certificate{other}})
-		defer own.Close()
-		if _, err := own.Write([]byte("x")); err != nil {
-			t.Error(err)
-		}
-		if _, err := own.Read(make([]byte, 1)); err != nil {
-			t.Errorf("a host that asks for a certificate: %v", err)
+	})
+}
+
+// TestEgressVerifiedAsksTheClient holds that a host is proven before it refuses
+// the proxy, which has no certificate for it.
+func TestEgressVerifiedAsksTheClient(t *testing.T) {
+	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	other, _ := hostCertificate(t, "other.test", time.Now().Add(time.Hour))
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+			n := newPartnered(t, goroutines, "enforce", good, roots, func(c *tls.Config) {
+				c.ClientAuth, c.MaxVersion = tls.RequireAnyClientCert, version
+			})
+			own := tls.Client(dialTCP(t, n.addr), &tls.Config{ServerName: partner, InsecureSkipVerify: true, Certificates: []tls.Certificate{other}})
+			defer own.Close()
+			if _, err := own.Write([]byte("x")); err != nil {
+				t.Error(err)
+			}
+			if _, err := own.Read(make([]byte, 1)); err != nil {
+				t.Errorf("%s: a host that asks for a certificate: %v", tls.VersionName(version), err)
+			}
 		}
 	})
+}
+
+// TestEgressCertificateOfAnother holds that a certificate proves nothing by
+// itself: everybody has it.
+func TestEgressCertificateOfAnother(t *testing.T) {
+	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	other, _ := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	shown := tls.Certificate{Certificate: good.Certificate, PrivateKey: other.PrivateKey}
+	for _, suite := range signedSuites {
+		if name := tls.CipherSuiteName(suite); strings.HasPrefix(name, "TLS_RSA_") {
+			t.Errorf("%s has no key share that is signed", name)
+		}
+	}
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+			for _, auth := range []tls.ClientAuthType{tls.NoClientCert, tls.RequireAnyClientCert} {
+				n := newPartnered(t, goroutines, "enforce", shown, roots, func(c *tls.Config) { c.MaxVersion, c.ClientAuth = version, auth })
+				if _, err := n.speak(t, partner); err == nil {
+					t.Errorf("%s, %s: it was reached", tls.VersionName(version), auth)
+				}
+				n.recorded(flow.ReasonEgressCertificate)
+				if got := n.conns.Load(); got != 1 {
+					t.Errorf("%s, %s: %d connections came to it", tls.VersionName(version), auth, got)
+				}
+			}
+		}
+		// One that leaves its key share out, and then everything else.
+		for upTo := range 3 {
+			n := newPartnered(t, goroutines, "enforce", shown, roots)
+			n.raw(func(c *net.TCPConn) { _, _ = c.Write(showing(t, c, good.Certificate[0], upTo)) }, 6000)
+			n.mu.Lock()
+			n.apps[partnerAt] = n.apps[serverPort(6000)]
+			n.mu.Unlock()
+			if _, err := n.speak(t, partner); err == nil {
+				t.Errorf("%d: it was reached", upTo)
+			}
+			n.recorded(flow.ReasonEgressCertificate)
+		}
+	})
+}
+
+// showing reads a ClientHello and answers with one of TLS 1.2 and a certificate
+// that anybody may show; further messages follow up to a kind.
+func showing(t *testing.T, c *net.TCPConn, der []byte, upTo int) []byte {
+	t.Helper()
+	if _, err := c.Read(make([]byte, 16<<10)); err != nil {
+		return nil
+	}
+	message := func(kind byte, body ...byte) []byte {
+		n := len(body)
+		return append([]byte{22, 3, 3, byte((n + 4) >> 8), byte(n + 4), kind, 0, byte(n >> 8), byte(n)}, body...)
+	}
+	n := len(der)
+	hello := append([]byte{3, 3}, make([]byte, 33)...)                                                                         // random, no session
+	out := message(2, append(hello, 0xc0, 0x2b, 0)...)                                                                         // TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+	out = append(out, message(11, append([]byte{0, byte((n + 3) >> 8), byte(n + 3), 0, byte(n >> 8), byte(n)}, der...)...)...) // Certificate
+	if upTo > 0 {
+		out = append(out, message(13, 1, 64, 0, 2, 4, 3, 0, 0)...) // CertificateRequest
+	}
+	if upTo > 1 {
+		out = append(out, message(14)...) // ServerHelloDone
+	}
+	return append(out, 21, 3, 3, 0, 2, 2, 40) // alert: handshake_failure
 }
 
 // TestEgressVerifiedInAudit holds that audit says what enforce would refuse,
@@ -171,7 +248,7 @@ func TestEgressVerifiedInAudit(t *testing.T) {
 	good, _ := hostCertificate(t, partner, time.Now().Add(time.Hour))
 	_, otherRoots := hostCertificate(t, partner, time.Now().Add(time.Hour))
 	eachEngine(t, func(t *testing.T, goroutines bool) {
-		n := newPartnered(t, goroutines, "audit", good, otherRoots, false)
+		n := newPartnered(t, goroutines, "audit", good, otherRoots)
 		for name, reason := range map[string]flow.Reason{partner: flow.ReasonEgressCertificate, "other.test": flow.ReasonEgressTLS} {
 			if _, err := n.speak(t, name); err != nil {
 				t.Errorf("%s: %v", name, err)
@@ -194,6 +271,42 @@ func TestEgressVerifiedInAudit(t *testing.T) {
 	})
 }
 
+// TestEgressVerifiedBesideInAudit holds that audit holds a connection up by no
+// host that is slow to prove its name.
+func TestEgressVerifiedBesideInAudit(t *testing.T) {
+	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		asked, answer := make(chan struct{}), make(chan struct{})
+		n := newPartnered(t, goroutines, "audit", good, roots, func(c *tls.Config) {
+			c.NextProtos = []string{"own"}
+			c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+				if len(h.SupportedProtos) > 0 {
+					return nil, nil
+				}
+				close(asked)
+				<-answer
+				return nil, errors.New("no")
+			}
+		})
+		c := tls.Client(dialTCP(t, n.addr), &tls.Config{ServerName: partner, InsecureSkipVerify: true, NextProtos: []string{"own"}})
+		defer c.Close()
+		if _, err := c.Write([]byte("word")); err != nil {
+			t.Error(err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, 4)); err != nil {
+			t.Error(err)
+		}
+		<-asked
+		if list := n.records(); len(list) > 0 {
+			t.Errorf("told before it is known: %+v", list)
+		}
+		close(answer)
+		if r := n.recorded(flow.ReasonEgressCertificate); !r.WouldDeny {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
 // TestEgressVerifiedEnds holds that a connection ends with what allowed it.
 func TestEgressVerifiedEnds(t *testing.T) {
 	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
@@ -208,7 +321,7 @@ func TestEgressVerifiedEnds(t *testing.T) {
 				n.pipeline.SetRevocations(r)
 			},
 		} {
-			n := newPartnered(t, goroutines, "enforce", good, roots, false)
+			n := newPartnered(t, goroutines, "enforce", good, roots)
 			c, err := n.speak(t, partner)
 			if err != nil {
 				t.Fatal(err)
