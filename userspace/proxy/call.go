@@ -378,8 +378,9 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.req.Peer, Destination: c.dst, Protocol: c.req.Protocol, Host: c.host}
 	if len(c.sent) > 0 {
 		var h http1.Request
-		if h.Parse(bytes.Clone(c.sent)) != nil {
-			return // it was parsed before
+		if h.ParseSent(bytes.Clone(c.sent)) != nil {
+			c.end(flow.ReasonPolicyChanged) // what cannot be judged again is not allowed
+			return
 		}
 		req.Method, req.Path, req.Query, req.Host = text(h.Method), text(h.Path), text(h.Query), text(h.Host)
 		req.Headers, req.ContentLength, req.Upgrade = h.Fields, h.ContentLength, h.Upgrade()

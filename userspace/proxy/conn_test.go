@@ -25,6 +25,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
 	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
 
@@ -595,9 +596,14 @@ func TestPolicyChangeInResponse(t *testing.T) {
 			}
 		}), 80)
 		addr := in.out(clientNumber, serverPort(80))
-		for _, body := range []int{0, 3, 100_000} {
+		// Of all that a head may have, and so more than that with our own lines.
+		full := strings.Repeat("X: y\r\n", http1.MaxFields-2)
+		for _, more := range []struct {
+			body   int
+			fields string
+		}{{0, ""}, {3, ""}, {100_000, ""}, {0, full}, {100_000, full}} {
 			conn := dialTCP(t, addr)
-			go fmt.Fprintf(conn, "POST /stream HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", body, strings.Repeat("x", body))
+			go fmt.Fprintf(conn, "POST /stream HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%s\r\n%s", more.body, more.fields, strings.Repeat("x", more.body))
 			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil {
 				t.Fatal(err)

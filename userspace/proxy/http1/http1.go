@@ -24,6 +24,7 @@ const (
 	MaxHead      = 64 << 10 // bytes of a head, the empty line included
 	MaxTarget    = 8 << 10  // bytes of a request target
 	MaxFields    = 128      // field lines of a head
+	MaxAdded     = 8        // those that Compact may add to them
 	MaxMethod    = 32       // bytes of a method
 	MaxHost      = 255      // bytes of a host name
 	MaxExtension = 256      // bytes of the extensions of one chunk
@@ -267,8 +268,9 @@ func (f *Framing) clear() {
 	*f = Framing{Fields: f.Fields[:0], cuts: f.cuts[:0], hashes: f.hashes[:0]}
 }
 
-// field reads the line b[from:to), which lies without its CRLF in a head.
-func (f *Framing) field(b []byte, from, to int, request bool) error {
+// field reads the line b[from:to), which lies without its CRLF in a head of at
+// most most lines.
+func (f *Framing) field(b []byte, from, to, most int, request bool) error {
 	line := b[from:to]
 	if line[0] == ' ' || line[0] == '\t' {
 		return errFold
@@ -293,7 +295,7 @@ func (f *Framing) field(b []byte, from, to int, request bool) error {
 	if hasControl(value) {
 		return errValue
 	}
-	if len(f.Fields) == MaxFields {
+	if len(f.Fields) == most {
 		return errFields
 	}
 	goesOn, err := f.known(name, value, line[n+1:], request)
@@ -526,14 +528,14 @@ func equalDash(a, b []byte) bool {
 func dash(c byte) bool { return c == '-' || c == '_' }
 
 // fieldLines reads the field section of head, which begins at from and ends
-// with the empty line.
-func (f *Framing) fieldLines(head []byte, from int, request bool) error {
+// with the empty line, of at most most lines.
+func (f *Framing) fieldLines(head []byte, from, most int, request bool) error {
 	for end := len(head) - 2; from < end; {
 		to := from + bytes.IndexByte(head[from:], '\r')
 		if head[to+1] != '\n' {
 			return errValue
 		}
-		if err := f.field(head, from, to, request); err != nil {
+		if err := f.field(head, from, to, most, request); err != nil {
 			return err
 		}
 		from = to + 2

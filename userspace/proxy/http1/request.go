@@ -51,7 +51,13 @@ type Request struct {
 }
 
 // Parse reads a whole head, as Scan.End delimits it.
-func (r *Request) Parse(head []byte) error {
+func (r *Request) Parse(head []byte) error { return r.parse(head, MaxFields) }
+
+// ParseSent reads a head as Compact wrote it, with up to MaxAdded field lines
+// more.
+func (r *Request) ParseSent(head []byte) error { return r.parse(head, MaxFields+MaxAdded) }
+
+func (r *Request) parse(head []byte, most int) error {
 	r.clear()
 	r.Method, r.Target, r.Path, r.Query, r.Authority, r.Host = nil, nil, nil, nil, nil, nil
 	r.Expect, r.hosts, r.upgrade, r.key = false, 0, false, nil
@@ -63,7 +69,7 @@ func (r *Request) Parse(head []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := r.fieldLines(head, eol+2, true); err != nil {
+	if err := r.fieldLines(head, eol+2, most, true); err != nil {
 		return err
 	}
 	if err := r.requestFields(); err != nil {

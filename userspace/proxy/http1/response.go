@@ -39,7 +39,7 @@ func (r *Response) Parse(head []byte) error {
 	if err := r.statusLine(head[:eol]); err != nil {
 		return err
 	}
-	if err := r.fieldLines(head, eol+2, false); err != nil {
+	if err := r.fieldLines(head, eol+2, MaxFields, false); err != nil {
 		return err
 	}
 	switch {
