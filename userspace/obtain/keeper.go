@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 // expired, since tunnels live on under the leaf that they were made with.
 type keeper struct {
 	s       *Source
+	issuer  *issuer
 	want    Want
 	ctx     context.Context
 	stop    context.CancelFunc
@@ -26,10 +26,6 @@ type keeper struct {
 	failure atomic.Pointer[string]
 	tried   chan struct{} // closed once the first try has ended
 	held    []*held       // of run alone
-
-	mu       sync.Mutex
-	next     uint64
-	watchers map[uint64]func()
 }
 
 // held is what is kept for one leaf.
@@ -40,8 +36,8 @@ type held struct {
 	retry time.Duration
 }
 
-func newKeeper(s *Source, w Want) *keeper {
-	k := &keeper{s: s, want: w, tried: make(chan struct{}), watchers: map[uint64]func(){}}
+func newKeeper(s *Source, i *issuer, w Want) *keeper {
+	k := &keeper{s: s, issuer: i, want: w, tried: make(chan struct{})}
 	k.ctx, k.stop = context.WithCancel(s.ctx)
 	k.tokens.Store(&[]Token{})
 	return k
@@ -54,7 +50,7 @@ func (k *keeper) run() {
 		changed, known := k.s.opt.Leaves.Changed(k.want.ID)
 		now := k.s.opt.Now()
 		k.follow(now)
-		for _, h := range k.held {
+		for _, h := range slices.Backward(k.held) { // what new connections use first
 			if !now.Before(h.due) {
 				k.renew(h)
 			}
@@ -106,17 +102,26 @@ func (k *keeper) idle(known bool) time.Duration {
 }
 
 func (k *keeper) renew(h *held) {
-	select {
-	case k.s.slots <- struct{}{}:
-	case <-k.ctx.Done():
+	until, err := k.issuer.enter(k.ctx, k.s)
+	if err != nil {
+		// Another's try has shown that it does not answer.
+		h.due = until.Add(rand.N(retryMin))
+		k.failed(err)
 		return
 	}
 	began := k.s.opt.Now() // a token's life may begin as soon
-	ctx, cancel := context.WithTimeout(k.ctx, timeout)
+	ctx, cancel := context.WithTimeout(k.ctx, k.s.timeout)
 	value, life, err := k.s.request(ctx, &k.want, h.leaf)
+	silent := err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded)
 	cancel()
-	<-k.s.slots
 	now := k.s.opt.Now()
+	switch { // before another has its turn
+	case silent:
+		k.issuer.silent(now, err)
+	case k.ctx.Err() == nil:
+		k.issuer.answered()
+	}
+	k.issuer.leave(k.s)
 	switch {
 	case k.ctx.Err() != nil:
 		return
@@ -160,11 +165,7 @@ func (k *keeper) publish() {
 		}
 	}
 	k.tokens.Store(&list)
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for _, f := range k.watchers {
-		f()
-	}
+	k.s.watchers.tell(key{k.want.ID, k.want.To})
 }
 
 func earlier(a, b time.Time) time.Time {

@@ -28,7 +28,8 @@ const (
 	MaxWants = 4096
 
 	timeout   = 10 * time.Second // of one request to an issuer
-	atOnce    = 8                // requests
+	atOnce    = 16               // requests
+	atOnceOne = 2                // of them to one issuer
 	retryMin  = time.Second
 	retryMax  = time.Minute
 	maxHeld   = 8 // leaves of one identity that have not expired
@@ -70,15 +71,19 @@ type Options struct {
 // Source keeps the tokens of all identities of this node. It is safe for
 // concurrent use; reads take no lock.
 type Source struct {
-	opt    Options
-	ctx    context.Context
-	cancel context.CancelFunc
-	slots  chan struct{}
-	table  atomic.Pointer[map[key]*keeper]
-	work   sync.WaitGroup
+	opt     Options
+	ctx     context.Context
+	cancel  context.CancelFunc
+	slots   chan struct{}
+	timeout time.Duration // of one request to an issuer
+	table   atomic.Pointer[map[key]*keeper]
+	work    sync.WaitGroup
 
-	mu     sync.Mutex // guards what follows, and changes of table
-	closed bool
+	watchers watchers
+
+	mu      sync.Mutex // guards what follows, and changes of table
+	closed  bool
+	issuers map[endpoint]*issuer
 }
 
 type key struct{ id, to string }
@@ -91,7 +96,7 @@ func New(o Options) *Source {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	s := &Source{opt: o, slots: make(chan struct{}, atOnce)}
+	s := &Source{opt: o, slots: make(chan struct{}, atOnce), timeout: timeout, watchers: watchers{by: map[key]map[uint64]func(){}}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.table.Store(&map[key]*keeper{})
 	return s
@@ -118,20 +123,32 @@ func (s *Source) Set(wants []Want) error {
 		err = fmt.Errorf("obtain tokens: %d are wanted, at most %d are kept", len(wants), MaxWants)
 		wants = wants[:MaxWants]
 	}
-	old, next := *s.table.Load(), make(map[key]*keeper, len(wants))
+	old, next, issuers := *s.table.Load(), make(map[key]*keeper, len(wants)), map[endpoint]*issuer{}
 	for _, w := range wants {
-		at := key{w.ID, w.To}
+		at, e := key{w.ID, w.To}, endpoint{w.Issuer, w.URL}
+		if issuers[e] == nil {
+			if issuers[e] = s.issuers[e]; issuers[e] == nil {
+				issuers[e] = newIssuer()
+			}
+		}
 		k := old[at]
 		if k == nil || !reflect.DeepEqual(k.want, w) {
-			k = newKeeper(s, w)
+			k = newKeeper(s, issuers[e], w)
 			s.work.Go(k.run)
 		}
 		next[at] = k
 	}
+	s.issuers = issuers
 	s.table.Store(&next)
 	for at, k := range old {
 		if next[at] != k {
 			k.stop()
+			s.watchers.tell(at)
+		}
+	}
+	for at := range next {
+		if old[at] == nil {
+			s.watchers.tell(at)
 		}
 	}
 	return err
@@ -194,22 +211,39 @@ func (s *Source) Await(ctx context.Context, id, to string) {
 }
 
 // Watch has f called, from any goroutine, each time that the tokens of an
-// identity for its calls to another have changed, until stop is called. f must
-// not block. It is not called any more once nothing is wanted.
+// identity for its calls to another may have changed, by Set too, until stop is
+// called. f must not block.
 func (s *Source) Watch(id, to string, f func()) (stop func()) {
-	k := (*s.table.Load())[key{id, to}]
-	if k == nil {
-		return func() {}
+	w := &s.watchers
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	at, n := key{id, to}, w.next
+	w.next++
+	if w.by[at] == nil {
+		w.by[at] = map[uint64]func(){}
 	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	n := k.next
-	k.next++
-	k.watchers[n] = f
+	w.by[at][n] = f
 	return func() {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		delete(k.watchers, n)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if delete(w.by[at], n); len(w.by[at]) == 0 {
+			delete(w.by, at)
+		}
+	}
+}
+
+// watchers are who wants to know of changes.
+type watchers struct {
+	mu   sync.Mutex
+	next uint64
+	by   map[key]map[uint64]func()
+}
+
+func (w *watchers) tell(at key) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, f := range w.by[at] {
+		f()
 	}
 }
 

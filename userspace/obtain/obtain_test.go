@@ -5,6 +5,7 @@ package obtain
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"strings"
@@ -259,6 +260,121 @@ func TestSlowIssuer(t *testing.T) {
 	w.issuer.Unlock()
 	<-came
 	w.Source.Close()
+}
+
+// TestWatch holds that who watches is told of all that Set changes.
+func TestWatch(t *testing.T) {
+	w := newWorld(t, time.Minute)
+	told := make(chan struct{}, 64)
+	stop := w.Watch(clientID, "shop/payments", func() { told <- struct{}{} })
+	other := w.Watch(clientID, "shop/other", func() { t.Error("it is told of what it does not watch") })
+	if err := w.Set([]Want{want()}); err != nil {
+		t.Fatal(err)
+	}
+	for w.Newest(clientID, "shop/payments") == nil {
+		<-told
+	}
+	changed := want()
+	changed.Scopes = nil
+	if err := w.Set([]Want{changed}); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		<-told
+		if len(w.issuer.Requests()) == 2 && w.Newest(clientID, "shop/payments") != nil {
+			break
+		}
+	}
+	if err := w.Set(nil); err != nil {
+		t.Fatal(err)
+	}
+	for len(w.All(clientID, "shop/payments")) > 0 {
+		<-told
+	}
+	stop()
+	stop()
+	other()
+	for len(told) > 0 {
+		<-told
+	}
+	if err := w.Set([]Want{want()}); err != nil {
+		t.Fatal(err)
+	}
+	w.Await(t.Context(), clientID, "shop/payments")
+	if len(told) > 0 || len(w.watchers.by) > 0 {
+		t.Errorf("told %d times after the end, %d watch", len(told), len(w.watchers.by))
+	}
+}
+
+// silent has many identities want tokens of an issuer that does not answer, and
+// the client one of the other.
+func (w *world) silent(n int) (ids []string, dials *atomic.Int32, most *atomic.Int32) {
+	w.t.Helper()
+	wants := make([]Want, n, n+1)
+	ids, dials, most = make([]string, n), new(atomic.Int32), new(atomic.Int32)
+	for i := range wants {
+		ids[i] = fmt.Sprintf("spiffe://example.org/other/%d", i)
+		wants[i] = want()
+		wants[i].ID, wants[i].Issuer = ids[i], "shop/silent"
+	}
+	if err := w.leaves.Set(append(ids, clientID)); err != nil {
+		w.t.Fatal(err)
+	}
+	for _, id := range ids {
+		if _, err := w.leaves.Wait(w.t.Context(), id); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	dial := w.opt.Dial
+	var now atomic.Int32
+	w.opt.Dial = func(ctx context.Context, id, issuer string) (net.Conn, error) {
+		if issuer != "shop/silent" {
+			return dial(ctx, id, issuer)
+		}
+		dials.Add(1)
+		if at := now.Add(1); at > most.Load() {
+			most.Store(at)
+		}
+		defer now.Add(-1)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	if err := w.Set(append(wants, want())); err != nil {
+		w.t.Fatal(err)
+	}
+	return ids, dials, most
+}
+
+// TestSilentIssuer holds that one that does not answer keeps nobody from
+// another.
+func TestSilentIssuer(t *testing.T) {
+	w := newWorld(t, time.Minute)
+	w.timeout = time.Hour
+	_, _, most := w.silent(4 * atOnce)
+	w.await(func(*Token) bool { return true })
+	if got := most.Load(); got > atOnceOne {
+		t.Errorf("%d requests at once to one issuer", got)
+	}
+}
+
+// TestSilentIssuerPaused holds that all who want something of an issuer that
+// does not answer soon know, by few requests.
+func TestSilentIssuerPaused(t *testing.T) {
+	w := newWorld(t, time.Minute)
+	w.timeout = 20 * time.Millisecond
+	began := time.Now()
+	ids, dials, _ := w.silent(4 * atOnce)
+	for _, id := range ids {
+		w.Await(t.Context(), id, "shop/payments")
+	}
+	for _, s := range w.Status() {
+		if s.ID != clientID && !strings.Contains(s.Error, "deadline") {
+			t.Errorf("%+v", s)
+		}
+	}
+	if got, most := dials.Load(), atOnceOne*(1+int32(time.Since(began)/retryMin)); got > most {
+		t.Errorf("%d requests, want at most %d", got, most)
+	}
 }
 
 func TestAnswers(t *testing.T) {

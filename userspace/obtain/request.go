@@ -59,20 +59,44 @@ func (s *Source) request(ctx context.Context, w *Want, leaf *identity.Leaf) (val
 	if err := req.Write(conn); err != nil {
 		return "", 0, errorf(w, "%w", err)
 	}
-	res, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxAnswer)), req)
+	from := &remembering{Reader: io.LimitReader(conn, maxAnswer)}
+	res, err := http.ReadResponse(bufio.NewReader(from), req)
 	if err != nil {
-		return "", 0, errorf(w, "%w", err)
+		return "", 0, errorf(w, "%w", from.reason())
 	}
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
 	if err != nil {
-		return "", 0, errorf(w, "%w", err)
+		return "", 0, errorf(w, "%w", from.reason())
 	}
 	a, err := parseAnswer(res.StatusCode, res.Header, body)
 	if err != nil {
 		return "", 0, errorf(w, "%w", err)
 	}
 	return a.token, min(a.life, w.MaxLifetime), nil
+}
+
+// remembering keeps the error of a reader. What a parser of HTTP says of what
+// was read may quote it.
+type remembering struct {
+	io.Reader
+	err error
+}
+
+func (r *remembering) Read(b []byte) (int, error) {
+	n, err := r.Reader.Read(b)
+	if err != nil {
+		r.err = err
+	}
+	return n, err
+}
+
+// reason is why no answer could be read.
+func (r *remembering) reason() error {
+	if r.err == nil || errors.Is(r.err, io.EOF) {
+		return errors.New("the answer is not HTTP, longer than 64 KiB, or not whole")
+	}
+	return r.err
 }
 
 // form is the body of a request.

@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"errors"
+	"os"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -19,6 +21,10 @@ const (
 	// obtainWait is how long a caller's first connection waits for the token
 	// that is obtained for it.
 	obtainWait = 3 * time.Second
+	// presentAgain is after how long tokens that did not get to the other node
+	// are presented again, twice as long each time up to presentAgainMax.
+	presentAgain    = time.Second
+	presentAgainMax = time.Minute
 	// maxPresented bounds the tokens that a tunnel's peer may present.
 	maxPresented = 16
 )
@@ -78,54 +84,103 @@ func parseTokens(b []byte) ([]obtain.Token, bool) {
 	return list, true
 }
 
-// present gives the other node the tokens that this one obtains for the
-// caller's calls to whom the tunnel is for, now and each time that they change.
-func (c *call) present(m *tunnel.Session, deadline time.Time) {
-	source, id, to := c.p.opt.Obtained, c.peer.ID, c.target.FullName()
-	if source == nil || c.src == nil || c.src.ObtainFor(c.target) == nil {
-		return
-	}
-	if source.Pending(id, to) {
-		c.awaitToken(c.t, earlier(deadline, time.Now().Add(obtainWait)))
-	}
-	log := c.p.opt.Logger
-	giving, again := false, false
-	give := func(t *netloop.Task) {
-		again = true
-		if giving {
-			return // who gives sees to it
-		}
-		giving = true
-		for again {
-			again = false
-			list := source.All(id, to)
-			if err := m.Present(t, appendTokens(nil, list[max(0, len(list)-maxPresented):]), time.Now().Add(obtainWait)); err != nil {
-				log.Warn("tokens not presented to the other node", "identity", id, "to", to, "error", err)
-			}
-		}
-		giving = false
-	}
-	engine, loop := c.t.Engine(), c.t.Loop()
-	var stop func()
-	stop = source.Watch(id, to, func() {
-		engine.Post(loop, func(t *netloop.Task) {
-			if m.Over() {
-				stop()
-				return
-			}
-			give(t)
-		})
-	})
-	give(c.t)
+// presenter gives the other node of a tunnel the tokens that this one obtains
+// for the caller's calls to whom the tunnel is for, and each time that they
+// change. It belongs to the tunnel's loop.
+type presenter struct {
+	p       *Proxy
+	m       *tunnel.Session
+	id, to  string
+	given   bool // the other node has some
+	changed bool // what it has may not be what there is
+	running bool // in a task that sees to it
+	woken   netloop.Event
+	stop    func() // ends it, with the tunnel; any number of times
 }
 
-// awaitToken waits for the first try to obtain the caller's token.
-func (c *call) awaitToken(t *netloop.Task, deadline time.Time) {
-	id, to := c.peer.ID, c.target.FullName()
+// presenter returns that of a tunnel of the caller.
+func (c *call) presenter() *presenter {
+	g := &presenter{p: c.p, id: c.peer.ID, to: c.target.FullName(), stop: func() {}}
+	if g.p.opt.Obtained != nil {
+		engine, loop := c.t.Engine(), c.t.Loop()
+		g.stop = g.p.opt.Obtained.Watch(g.id, g.to, func() { engine.Post(loop, g.change) })
+	}
+	return g
+}
+
+// begin gives what there is before anything is asked for.
+func (g *presenter) begin(t *netloop.Task, m *tunnel.Session, deadline time.Time) {
+	g.m = m
+	if g.p.opt.Obtained == nil {
+		return
+	}
+	g.running = true
+	if g.give(t, earlier(deadline, time.Now().Add(obtainWait))) != nil {
+		g.changed = true
+	}
+	t.Go(g.run)
+}
+
+// change takes note of a change.
+func (g *presenter) change(t *netloop.Task) {
+	g.changed = true
+	switch {
+	case g.running:
+		g.woken.Signal()
+	case g.m != nil:
+		g.running = true
+		g.run(t)
+	}
+}
+
+// run gives until there is nothing new, and again what did not get there.
+func (g *presenter) run(t *netloop.Task) {
+	defer func() { g.running = false }()
+	for wait := presentAgain; g.changed && !g.m.Over(); {
+		g.changed = false
+		err := g.give(t, time.Now().Add(obtainWait))
+		if err == nil {
+			wait = presentAgain
+			continue
+		}
+		g.changed = true
+		if g.m.Over() {
+			return
+		}
+		g.p.opt.Logger.Warn("tokens not presented to the other node", "identity", g.id, "to", g.to, "error", err, "retry", wait)
+		if err := t.WaitTimeout(&g.woken, wait); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		wait = min(2*wait, presentAgainMax)
+	}
+}
+
+// give presents what there is, once there can be something.
+func (g *presenter) give(t *netloop.Task, deadline time.Time) error {
+	g.p.awaitToken(t, g.id, g.to, deadline)
+	list := g.p.opt.Obtained.All(g.id, g.to)
+	if len(list) == 0 && !g.given {
+		return nil
+	}
+	// Whether it has got there is not known where it fails.
+	g.given = true
+	if err := g.m.Present(t, appendTokens(nil, list[max(0, len(list)-maxPresented):]), time.Now().Add(obtainWait)); err != nil {
+		return err
+	}
+	g.given = len(list) > 0
+	return nil
+}
+
+// awaitToken waits for the first try to obtain a token for an identity's calls
+// to another, if there is to be one.
+func (p *Proxy) awaitToken(t *netloop.Task, id, to string, deadline time.Time) {
+	if !p.opt.Obtained.Pending(id, to) {
+		return
+	}
 	t.Block(func() {
 		ctx, cancel := context.WithDeadline(context.Background(), deadline)
 		defer cancel()
-		c.p.opt.Obtained.Await(ctx, id, to)
+		p.opt.Obtained.Await(ctx, id, to)
 	})
 }
 
@@ -144,9 +199,7 @@ func (c *call) obtained(t *netloop.Task, req *flow.Request) []byte {
 		return c.presented.field
 	}
 	to := c.target.FullName()
-	if c.p.opt.Obtained.Pending(c.peer.ID, to) {
-		c.awaitToken(t, time.Now().Add(obtainWait))
-	}
+	c.p.awaitToken(t, c.peer.ID, to, time.Now().Add(obtainWait))
 	found := c.p.opt.Obtained.Newest(c.peer.ID, to)
 	if found == nil {
 		return nil

@@ -236,6 +236,52 @@ func TestObtainedRotation(t *testing.T) {
 	})
 }
 
+// TestObtainedChange holds that a connection that is there already follows what
+// the policies have its node obtain.
+func TestObtainedChange(t *testing.T) {
+	eachObtaining(t, 0, func(t *testing.T, o *obtaining) {
+		saw := make(chan string, 1)
+		o.app.app(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { saw <- r.Header.Get("Authorization") }), 80)
+		client := httpClient(t)
+		addr := o.in.out(clientNumber, serverPort(80))
+		until := func(want int) {
+			t.Helper()
+			for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) { // a pace, nothing is waited for
+				resp, err := client.Get("http://" + addr + "/x")
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp.Body.Close()
+				if resp.StatusCode == want {
+					return
+				}
+				if resp.StatusCode == 200 {
+					<-saw
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("still %d: %+v", resp.StatusCode, o.source.Status())
+				}
+			}
+		}
+		until(401)
+		o.want(t)
+		until(200)
+		first := <-saw
+		if err := o.source.Set(nil); err != nil {
+			t.Fatal(err)
+		}
+		until(401)
+		o.want(t)
+		until(200)
+		if again := <-saw; again == first {
+			t.Error("the token of before the change came again")
+		}
+		if got := o.in.proxy.counts.tunnelDials.Load(); got > 1 {
+			t.Errorf("%d tunnels", got)
+		}
+	})
+}
+
 // TestNotObtained holds that a call without its token is refused as one, and
 // goes on once the issuer answers.
 func TestNotObtained(t *testing.T) {

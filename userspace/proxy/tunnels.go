@@ -214,8 +214,10 @@ func (p *Proxy) dialTunnel(c *call, deadline time.Time) (s pooledSession, err er
 	cfg.NotAfter = earlier(leaf.NotAfter, peer.NotAfter)
 	p.counts.tunnelDials.Add(1)
 	now := time.Now()
+	tokens := c.presenter()
+	cfg.OnEnd = tokens.stop
 	s = pooledSession{tunnel.Dial(c.t, secured, cfg), now.Add(cfg.NotAfter.Sub(now) / 2)}
-	c.present(s.Session, deadline)
+	tokens.begin(c.t, s.Session, deadline)
 	return s, nil
 }
 

@@ -50,6 +50,9 @@ type Config struct {
 	// OnDrain is told once that the session takes no more streams, since it
 	// drains or has ended. It must not park. May be nil.
 	OnDrain func()
+	// OnEnd is told once that the session has ended. It must not park. May be
+	// nil.
+	OnEnd func()
 }
 
 func (c Config) withDefaults() Config {

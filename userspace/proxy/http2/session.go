@@ -420,6 +420,9 @@ func (m *Session) finishAll(err error) {
 	}
 	m.over, m.err = true, err
 	m.drained()
+	if m.cfg.OnEnd != nil {
+		m.cfg.OnEnd()
+	}
 	cause := err
 	if cause == nil {
 		cause = ErrClosed
