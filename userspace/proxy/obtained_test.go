@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"slices"
@@ -16,9 +17,12 @@ import (
 
 	"github.com/sallyport-dev/sallyport/policies/compile"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"github.com/sallyport-dev/sallyport/userspace/obtain"
 	"github.com/sallyport-dev/sallyport/userspace/obtain/issuertest"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/tunnel"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/tap"
 )
@@ -318,6 +322,64 @@ func TestNotObtained(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestPresentedAgain holds that tokens which did not get to the other node are
+// presented again by and by, and that a presenter ends with its tunnel.
+func TestPresentedAgain(t *testing.T) {
+	for _, plain := range []bool{false, true} {
+		e, err := netloop.New(netloop.Options{Loops: 1, Goroutines: plain})
+		if err != nil {
+			t.Fatal(err)
+		}
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		source := obtain.New(obtain.Options{})
+		g := &presenter{p: &Proxy{opt: Options{Obtained: source, Logger: slog.New(slog.DiscardHandler)}}, id: clientID, to: "t/server", given: true}
+		came, ended := make(chan bool, 8), make(chan struct{})
+		e.Go(func(task *netloop.Task) {
+			conn, err := task.Adopt(fds[0])
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			n := 0
+			_ = tunnel.Serve(task, conn, tunnel.Config{}, tunnel.Handler{Tokens: func([]byte) bool {
+				n++
+				came <- n > 2
+				return n > 2
+			}})
+			conn.Close()
+		})
+		e.Go(func(task *netloop.Task) {
+			conn, err := task.Adopt(fds[1])
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			stop := source.Watch(g.id, g.to, func() {})
+			g.stop = func() { stop(); close(ended) }
+			g.begin(task, tunnel.Dial(task, conn, tunnel.Config{OnEnd: g.stop}), time.Now().Add(20*time.Second))
+		})
+		for nth := range 3 {
+			select {
+			case taken := <-came:
+				if taken != (nth == 2) {
+					t.Errorf("presentation %d: %v", nth, taken)
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatal("nothing was presented")
+			}
+		}
+		e.Close()
+		<-ended
+		if len(came) > 0 {
+			t.Errorf("%d presentations too many", len(came))
+		}
+		source.Close()
+	}
 }
 
 func TestTokenList(t *testing.T) {
