@@ -112,14 +112,16 @@ func (a *Agent) reconcile(change func(*inputs)) {
 		// kept waiting.
 		v = a.view.Load().without(a.in.table, a.in.revoked)
 	}
+	taken := false
 	if v != nil {
-		errs = append(errs, a.bringInForce(v))
+		taken, err = a.bringInForce(v)
+		errs = append(errs, err)
 	}
 	a.dropNamespaces()
 	err = errors.Join(errs...)
 	a.again.Store(err != nil)
 	a.health.Check("reconcile", metrics.Unhealthy, err, "see the log; what is enforced refuses meanwhile, and it is tried again")
-	if v != nil {
+	if taken {
 		a.inForce.Store(v) // after what went wrong is known: no status is ready without it
 	}
 	if err != nil {
@@ -127,21 +129,24 @@ func (a *Agent) reconcile(change func(*inputs)) {
 	}
 }
 
-// bringInForce makes a view what userspace and the kernel go by.
-func (a *Agent) bringInForce(v *view) error {
+// bringInForce makes a view what userspace and the kernel go by, and says
+// whether they do; where there is no userspace process, the next one will.
+func (a *Agent) bringInForce(v *view) (taken bool, err error) {
 	var errs []error
 	a.view.Store(v)
 	a.readAppCertificates(v)
 	a.followHosts(v)
-	if s := a.session.Load(); s != nil && v.plan == a.in.plan {
+	s := a.session.Load()
+	if s != nil && v.plan == a.in.plan {
 		errs = append(errs, s.sendView(v, a.in.files))
 	}
 	if a.applied != v.plan {
 		a.followIssuers(v.plan)
 	}
-	errs = append(errs, a.reserve(v), a.voidVerdicts(v, a.applied), a.applyState(a.state(v)), a.adopt(v), a.sweepLive(v))
+	applied := errors.Join(a.reserve(v), a.voidVerdicts(v, a.applied), a.applyState(a.state(v)))
+	errs = append(errs, applied, a.adopt(v), a.sweepLive(v))
 	a.applied = v.plan
-	return errors.Join(errs...)
+	return applied == nil && (s == nil || s.generation == v.generation), errors.Join(errs...)
 }
 
 // followHosts has the hosts looked up that the egress of this node's

@@ -151,6 +151,9 @@ func TestRevocationDoesNotWaitForUserspace(t *testing.T) {
 	if s.generation != before || !g.again.Load() {
 		t.Errorf("generation %d was taken for in force", s.generation)
 	}
+	if r, err := (service{g.Agent}).Policies(g.current, &controlpb.PoliciesRequest{}); err != nil || r.GetSet().GetGeneration() != before {
+		t.Errorf("generation %d is shown as in force: %v", r.GetSet().GetGeneration(), err)
+	}
 	began := time.Now()
 	if _, err := g.revoked.Revoke(revocations.Identity, g.spiffe("client"), 0, "", ""); err != nil {
 		t.Fatal(err)

@@ -31,6 +31,7 @@ type Status struct {
 	Recalled  uint64               `json:"cachedAnswers,omitempty"` // that stood in for a stage
 	Proxy     proxy.Stats          `json:"proxy"`
 	Issuers   []token.IssuerStatus `json:"issuers"`
+	Proofs    int                  `json:"proofs,omitempty"` // used ones that are remembered
 	Relations relation.Status      `json:"relations"`
 	Leaves    []LeafStatus         `json:"leaves"`
 	Obtained  []obtain.Status      `json:"obtained,omitempty"`
@@ -79,7 +80,7 @@ type Budget struct {
 
 func (p *process) status(in *line.Incoming) error {
 	s := Status{
-		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()),
+		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()), Proofs: p.tokens.Proofs(),
 		Relations: p.relations.Status(), Obtained: p.obtained.Status(), Resident: resident(),
 	}
 	counters := p.pipeline.Counters()

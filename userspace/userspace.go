@@ -136,7 +136,7 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 
 func (p *process) open(ctx context.Context) error {
 	var err error
-	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Introspect: p.introspect, Log: p.log})
+	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Introspect: p.introspect, Began: time.Now(), Log: p.log})
 	p.verifier = identity.NewVerifier(identity.VerifierOptions{})
 	p.leaves = identity.NewLeaves(identity.LeavesOptions{Sign: p.sign, Log: p.log})
 	p.obtained = obtain.New(obtain.Options{Leaves: p.leaves, Dial: p.dialIssuer, Roots: p.roots, Log: p.log})

@@ -1033,6 +1033,32 @@ func TestServerName(t *testing.T) {
 	}
 }
 
+// TestServerNameTwice holds that a hello has one server name, and is read to
+// its end: what stands behind it could read another.
+func TestServerNameTwice(t *testing.T) {
+	sni := func(name string) []byte {
+		n := byte(len(name))
+		return append([]byte{0, 0, 0, n + 5, 0, n + 3, 0, 0, n}, name...)
+	}
+	with := func(extensions ...[]byte) []byte {
+		list := slices.Concat(extensions...)
+		body := append([]byte{3, 3}, make([]byte, 32)...)
+		body = append(body, 0, 0, 2, 0x13, 1, 1, 0, 0, byte(len(list)))
+		body = append(body, list...)
+		n := byte(len(body))
+		return append([]byte{22, 3, 1, 0, n + 4, 1, 0, 0, n}, body...)
+	}
+	other := []byte{0, 23, 0, 0}
+	if name, _, ok := serverName(with(other, sni("a.test"), other)); !ok || name != "a.test" {
+		t.Errorf("%q %v", name, ok)
+	}
+	for _, bad := range [][]byte{with(sni("a.test"), sni("b.test")), with(sni("a.test"), other, sni("a.test")), with(sni("a.test"), other[:3]), with(sni("a.test"), []byte{0, 23, 0, 9})} {
+		if name, more, ok := serverName(bad); ok || more {
+			t.Errorf("%x: %q", bad, name)
+		}
+	}
+}
+
 func FuzzServerName(f *testing.F) {
 	f.Add(hello(f, "app.example"))
 	f.Add([]byte{0x16, 3, 1, 0, 4, 1, 0, 0, 0})

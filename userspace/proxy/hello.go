@@ -25,7 +25,8 @@ func serverName(b []byte) (name string, more, ok bool) {
 	if r.bad || len(r.b) > 0 {
 		return "", false, false
 	}
-	for len(ext.b) > 0 && !ext.bad {
+	named := false
+	for len(ext.b) > 0 {
 		kind := ext.u16()
 		data := ext.take(int(ext.u16()))
 		if kind != 0 {
@@ -33,16 +34,19 @@ func serverName(b []byte) (name string, more, ok bool) {
 		}
 		list := reader{b: data}
 		list = reader{b: list.take(int(list.u16()))}
-		if list.u8() != 0 {
+		if named || list.u8() != 0 { // no extension comes twice, RFC 8446 section 4.2
 			return "", false, false
 		}
 		host := list.take(int(list.u16()))
 		if list.bad || len(list.b) > 0 || !isName(host) {
 			return "", false, false
 		}
-		return strings.ToLower(string(host)), false, true
+		name, named = strings.ToLower(string(host)), true
 	}
-	return "", false, !ext.bad
+	if ext.bad {
+		return "", false, false
+	}
+	return name, false, true
 }
 
 // handshake joins the handshake records at the start of b into the body of

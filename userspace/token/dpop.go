@@ -24,9 +24,13 @@ const (
 	MaxProofAge = time.Minute
 	maxProofID  = 256 // bytes of jti
 	// maxProofs bounds the proofs that are remembered, so that none is taken
-	// twice; where they are as many, further ones are refused.
+	// twice; where they are as many, further ones are refused. Once they are
+	// half as many, those of a key that has its share already are: one client
+	// keeps no other out.
 	maxProofs   = 1 << 18
 	proofShards = 64
+	maxShard    = maxProofs / proofShards
+	proofShare  = maxShard / 64 // of a key in a shard
 )
 
 // ProofAlgorithms are those that a challenge offers (RFC 9449 section 5.1).
@@ -45,7 +49,9 @@ var (
 	errProofAge     = errors.New("the DPoP proof is too old, or of the future (iat)")
 	errProofBinding = errors.New("the DPoP proof is by another key than the token's")
 	errProofTwice   = errors.New("the DPoP proof came before (jti)")
-	errProofsFull   = errors.New("more DPoP proofs came than can be remembered")
+	errProofsFull   = errors.New("more proofs came than can be remembered")
+	errProofsOfKey  = errors.New("more proofs of this key came than can be remembered beside others'")
+	errProofBefore  = errors.New("the proof is of before this process began to remember them (iat, created)")
 )
 
 // proofHeaders and proofClaims are the members that decide something.
@@ -85,7 +91,7 @@ func (p *Proof) of(thumbprint *[sha256.Size]byte, token []byte, used *proofs, no
 	}
 	if !p.read {
 		p.read = true
-		p.reason, p.err = p.verify(token, now)
+		p.reason, p.err = p.verify(token, thumbprint, now)
 	}
 	switch {
 	case p.err != nil:
@@ -95,7 +101,7 @@ func (p *Proof) of(thumbprint *[sha256.Size]byte, token []byte, used *proofs, no
 	case p.used:
 		return flow.ReasonOK, nil
 	}
-	if p.reason, p.err = used.use(&p.id, p.until, now); p.err == nil {
+	if p.reason, p.err = used.use(&p.id, &p.key, p.until, now); p.err == nil {
 		p.used = true
 	}
 	return p.reason, p.err
@@ -112,8 +118,9 @@ func (p *Proof) Key() [sha256.Size]byte {
 	return p.Request.ProvenKey
 }
 
-// verify does what RFC 9449 section 4.3 asks for, but for jti and the key.
-func (p *Proof) verify(token []byte, now time.Time) (flow.Reason, error) {
+// verify does what RFC 9449 section 4.3 asks for, but for jti. The signature of
+// a key that the token is not bound to is not looked at: everybody can make one.
+func (p *Proof) verify(token []byte, bound *[sha256.Size]byte, now time.Time) (flow.Reason, error) {
 	raw, count := p.Request.HeaderValue("DPoP")
 	switch {
 	case count == 0:
@@ -136,6 +143,10 @@ func (p *Proof) verify(token []byte, now time.Time) (flow.Reason, error) {
 	if k == nil {
 		return flow.ReasonProofMalformed, errProofKey
 	}
+	p.key = thumbprint(jwk)
+	if subtle.ConstantTimeCompare(p.key[:], bound[:]) != 1 {
+		return flow.ReasonTokenBinding, errProofBinding
+	}
 	size := alg.signature
 	if size == 0 {
 		size = k.size
@@ -143,7 +154,7 @@ func (p *Proof) verify(token []byte, now time.Time) (flow.Reason, error) {
 	if len(signature) != size || alg.method.Verify(signed, signature, k.public) != nil {
 		return flow.ReasonProofMalformed, errProofSigned
 	}
-	return p.claims(claims, jwk, token, now)
+	return p.claims(claims, token, now)
 }
 
 // splitProof cuts a proof into its parts, and reads two of them.
@@ -190,7 +201,7 @@ func proofKey(jwk map[string]any, name string) *key {
 }
 
 // claims judges what a proof says.
-func (p *Proof) claims(claims, jwk map[string]any, token []byte, now time.Time) (flow.Reason, error) {
+func (p *Proof) claims(claims map[string]any, token []byte, now time.Time) (flow.Reason, error) {
 	id, _ := claims["jti"].(string)
 	method, _ := claims["htm"].(string)
 	target, _ := claims["htu"].(string)
@@ -210,7 +221,6 @@ func (p *Proof) claims(claims, jwk map[string]any, token []byte, now time.Time) 
 	case issued.Before(now.Add(-MaxProofAge)), issued.After(now.Add(leeway)):
 		return flow.ReasonProofStale, errProofAge
 	}
-	p.key = thumbprint(jwk)
 	h := sha256.New()
 	h.Write(p.key[:])
 	h.Write([]byte(id))
@@ -303,48 +313,101 @@ func normalPath(path string) string {
 	return b.String()
 }
 
-// proofs remembers the DPoP proofs that were used, for as long as they could
-// be used again. It is safe for concurrent use; of 64 locks a request takes
-// one.
+// proofs remembers the proofs that were used, for as long as they could be used
+// again. It is safe for concurrent use; of 64 locks a request takes one.
 type proofs struct {
-	shards [proofShards]struct {
-		mu    sync.Mutex
-		until map[[16]byte]int64 // Unix seconds, by the start of the id
-		swept int64
-	}
+	since  time.Time // of what was used before nothing is known; zero: nothing was
+	shards [proofShards]proofShard
 }
 
-func newProofs() *proofs {
-	p := &proofs{}
+type proofShard struct {
+	mu    sync.Mutex
+	used  map[[16]byte]usedProof // by the start of the id
+	byKey map[[16]byte]int       // how many, by the start of the thumbprint
+	swept int64
+}
+
+type usedProof struct {
+	key   [16]byte
+	until int64 // Unix seconds
+}
+
+func newProofs(since time.Time) *proofs {
+	p := &proofs{since: since}
 	for i := range p.shards {
-		p.shards[i].until = map[[16]byte]int64{}
+		p.shards[i].used, p.shards[i].byKey = map[[16]byte]usedProof{}, map[[16]byte]int{}
 	}
 	return p
 }
 
-// use notes a proof, in one step with the look whether it was used before.
-func (p *proofs) use(id *[sha256.Size]byte, until, now time.Time) (flow.Reason, error) {
+// use notes a proof of a key, in one step with the look whether it was used
+// before.
+func (p *proofs) use(id, key *[sha256.Size]byte, until, now time.Time) (flow.Reason, error) {
+	// Of whole seconds, as proofs are: within the first one nothing is known
+	// of what was used just before.
+	if !p.since.IsZero() && until.Add(-MaxProofAge).Unix() < p.since.Unix() {
+		return flow.ReasonProofStale, errProofBefore
+	}
 	s := &p.shards[binary.BigEndian.Uint16(id[16:])%proofShards]
-	k := [16]byte(id[:16])
+	i, k := [16]byte(id[:16]), [16]byte(key[:16])
 	at := now.Unix()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if end, used := s.until[k]; used && end >= at {
+	before, used := s.used[i]
+	if used && before.until >= at {
 		return flow.ReasonProofReplayed, errProofTwice
 	}
-	if len(s.until) >= maxProofs/proofShards {
-		if s.swept != at {
-			s.swept = at
-			for k, end := range s.until {
-				if end < at {
-					delete(s.until, k)
-				}
-			}
-		}
-		if len(s.until) >= maxProofs/proofShards {
-			return flow.ReasonOverload, errProofsFull
+	if used {
+		s.forget(i, before)
+	}
+	err := s.room(k)
+	if err != nil && s.swept != at {
+		s.sweep(at)
+		err = s.room(k)
+	}
+	if err != nil {
+		return flow.ReasonOverload, err
+	}
+	s.used[i] = usedProof{k, until.Unix() + 1}
+	s.byKey[k]++
+	return flow.ReasonOK, nil
+}
+
+// room says why there is none for another proof of a key.
+func (s *proofShard) room(key [16]byte) error {
+	switch {
+	case len(s.used) >= maxShard:
+		return errProofsFull
+	case len(s.used) >= maxShard/2 && s.byKey[key] >= proofShare:
+		return errProofsOfKey
+	}
+	return nil
+}
+
+func (s *proofShard) sweep(at int64) {
+	s.swept = at
+	for i, u := range s.used {
+		if u.until < at {
+			s.forget(i, u)
 		}
 	}
-	s.until[k] = until.Unix() + 1
-	return flow.ReasonOK, nil
+}
+
+func (s *proofShard) forget(id [16]byte, u usedProof) {
+	delete(s.used, id)
+	if s.byKey[u.key]--; s.byKey[u.key] <= 0 {
+		delete(s.byKey, u.key)
+	}
+}
+
+// Proofs is how many used proofs are remembered.
+func (v *Verifier) Proofs() int {
+	n := 0
+	for i := range v.proofs.shards {
+		s := &v.proofs.shards[i]
+		s.mu.Lock()
+		n += len(s.used)
+		s.mu.Unlock()
+	}
+	return n
 }

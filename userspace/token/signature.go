@@ -77,10 +77,13 @@ func (p *Proof) signed(k *key, thumbprint *[sha256.Size]byte, used *proofs, now 
 	case p.used:
 		return flow.ReasonOK, nil
 	}
-	if p.reason, p.err = used.use(&p.id, p.until, now); p.err == nil {
+	switch p.reason, p.err = used.use(&p.id, &p.key, p.until, now); p.reason {
+	case flow.ReasonOK:
 		p.used = true
-	} else if p.reason == flow.ReasonProofReplayed {
+	case flow.ReasonProofReplayed:
 		p.reason = flow.ReasonSignatureReplayed
+	case flow.ReasonProofStale:
+		p.reason = flow.ReasonSignatureStale
 	}
 	return p.reason, p.err
 }

@@ -80,8 +80,11 @@ type Options struct {
 	// CacheEntries and CacheBytes bound the cache; 0: 32768 and 64 MiB.
 	CacheEntries int
 	CacheBytes   int64
-	Log          *slog.Logger     // nil: none
-	Now          func() time.Time // nil: time.Now
+	// Began is when the process did that remembers which proofs were used;
+	// proofs of before are refused. Zero: there were none.
+	Began time.Time
+	Log   *slog.Logger     // nil: none
+	Now   func() time.Time // nil: time.Now
 }
 
 // RefreshInterval is the least time between two requests for an issuer's keys.
@@ -122,7 +125,7 @@ func New(opt Options) *Verifier {
 	if opt.Now == nil {
 		opt.Now = time.Now
 	}
-	v := &Verifier{opt: opt, log: opt.Log, proofs: newProofs()}
+	v := &Verifier{opt: opt, log: opt.Log, proofs: newProofs(opt.Began)}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
