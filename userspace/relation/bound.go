@@ -19,6 +19,12 @@ func (m *model) abandon() {
 	}
 }
 
+// known says whether questions can be asked: an engine elsewhere has told
+// where.
+func (m *model) known() bool {
+	return m.ids.Load() != nil && (m.remote == nil || !m.remote.lost.Load())
+}
+
 // unanswered is why the engine elsewhere of a model has told nothing yet.
 func (m *model) unanswered() error {
 	if why := m.remote.problem.Load(); why != nil {

@@ -68,7 +68,7 @@ func (e *Engine) ask(ctx context.Context, name, subject, relation, object string
 	if !validUser(subject, false) || !validName(relation, maxRelation) || !validObject(object) {
 		return Answer{}, errQuestion
 	}
-	if m.ids.Load() == nil {
+	if !m.known() {
 		return Answer{}, m.unanswered()
 	}
 	hash := e.cache.hash(subject, relation, object)

@@ -292,12 +292,14 @@ func (e *Engine) Status() Status {
 		return s
 	}
 	s.Ready = true
+	var problems []string
 	for _, name := range slices.Sorted(maps.Keys(e.models.Load().byName)) {
 		if m := e.models.Load().byName[name]; m != nil && m.remote != nil {
 			if why := m.remote.problem.Load(); why != nil {
-				s.Problem = "engine of " + name + " at " + m.remote.spec.Remote.Address + ": " + *why
+				problems = append(problems, "engine of "+name+" at "+m.remote.spec.Remote.Address+": "+*why)
 			}
 		}
 	}
+	s.Problem = strings.Join(problems, "; ")
 	return s
 }

@@ -91,7 +91,7 @@ func (e *Engine) find(name string) (*model, error) {
 	if m == nil {
 		return nil, fmt.Errorf("find relation model %q: %w", name, ErrNoModel)
 	}
-	if m.ids.Load() == nil {
+	if !m.known() {
 		return nil, fmt.Errorf("relation model %q: %w", name, m.unanswered())
 	}
 	return m, nil

@@ -30,8 +30,11 @@ const (
 	// last answer may be for cached answers to be served.
 	pollEvery = 500 * time.Millisecond
 	maxLag    = 5 * time.Second
-	retryMin  = 500 * time.Millisecond
-	retryMax  = 15 * time.Second
+	// storeEvery is how often the store is looked for: one that was deleted
+	// still answers questions, as those that were asked of it before.
+	storeEvery = 5 * time.Second
+	retryMin   = 500 * time.Millisecond
+	retryMax   = 15 * time.Second
 	// overlap is how far back changes are read at first: what was written while
 	// the first questions were asked, whatever the clocks say.
 	overlap = time.Minute
@@ -61,9 +64,13 @@ type remote struct {
 	// last asked for changes, and answered.
 	problem atomic.Pointer[string]
 	polled  atomic.Int64 // Unix nanoseconds
+	lost    atomic.Bool  // its store is not there any more
 }
 
-var errNotYet = errors.New("the engine elsewhere has not answered yet")
+var (
+	errNotYet = errors.New("the engine elsewhere has not answered yet")
+	errMoved  = errors.New("its store is not there any more")
+)
 
 // Check asks it.
 func (r *remote) Check(ctx context.Context, q *openfgav1.CheckRequest) (*openfgav1.CheckResponse, error) {
@@ -156,23 +163,40 @@ func (e *Engine) describeRemote(parsed *openfgav1.AuthorizationModel, r *remote)
 }
 
 // follow finds the store and the model's version, puts them in force, and then
-// follows what is written to the store, until ctx ends.
+// follows what is written to the store, until ctx ends. A store that is made
+// again is another.
 func (e *Engine) follow(ctx context.Context, m *model, parsed *openfgav1.AuthorizationModel) {
 	r, retry := m.remote, retryMin
 	for {
 		err := e.resolve(ctx, m, parsed)
 		if err == nil {
-			break
+			e.opt.Log.Info("relation model in use", "model", m.name, "engine", r.spec.Remote.Address)
+			retry = retryMin
+			err = e.tail(ctx, m)
 		}
 		if !r.failed(ctx, e, m, err, &retry) {
 			return
 		}
 	}
-	e.opt.Log.Info("relation model in use", "model", m.name, "engine", r.spec.Remote.Address)
-	since, token := e.now().Add(-overlap), ""
+}
+
+// tail follows what is written to the store, until ctx ends or the store is
+// lost.
+func (e *Engine) tail(ctx context.Context, m *model) error {
+	r, retry := m.remote, retryMin
+	looked := e.now()
+	since, token := looked.Add(-overlap), ""
 	for {
 		began := e.now()
 		next, changed, err := r.changes(ctx, m, since, token)
+		if err == nil && began.Sub(looked) >= storeEvery {
+			if err = r.look(ctx, m); errors.Is(err, errMoved) {
+				r.lost.Store(true)
+				e.opt.Changed(m.name)
+				return err
+			}
+			looked = began
+		}
 		switch {
 		case err == nil:
 			retry, token = retryMin, next
@@ -185,7 +209,7 @@ func (e *Engine) follow(ctx context.Context, m *model, parsed *openfgav1.Authori
 			}
 			r.polled.Store(began.UnixNano())
 		case !r.failed(ctx, e, m, err, &retry):
-			return
+			return ctx.Err()
 		default:
 			continue
 		}
@@ -193,10 +217,43 @@ func (e *Engine) follow(ctx context.Context, m *model, parsed *openfgav1.Authori
 		select {
 		case <-ctx.Done():
 			t.Stop()
-			return
+			return ctx.Err()
 		case <-t.C:
 		}
 	}
+}
+
+// look finds out whether the store is still there.
+func (r *remote) look(ctx context.Context, m *model) error {
+	ctx, cancel := context.WithTimeout(ctx, maxLag)
+	defer cancel()
+	id, err := r.store(ctx)
+	if _, none := errors.AsType[*storesError](err); none || err == nil && id != m.ids.Load().store {
+		return errMoved
+	}
+	return err
+}
+
+// storesError says that none or several stores have the name.
+type storesError struct {
+	n    int
+	name string
+}
+
+func (e *storesError) Error() string {
+	return fmt.Sprintf("find its store: %d are named %q", e.n, e.name)
+}
+
+// store returns the ID of the store that has the name.
+func (r *remote) store(ctx context.Context) (string, error) {
+	found, err := r.client.ListStores(ctx, &openfgav1.ListStoresRequest{Name: r.spec.Remote.Store, PageSize: wrapperspb.Int32(2)})
+	if err != nil {
+		return "", fmt.Errorf("find its store: %w", err)
+	}
+	if n := len(found.GetStores()); n != 1 {
+		return "", &storesError{n, r.spec.Remote.Store}
+	}
+	return found.GetStores()[0].GetId(), nil
 }
 
 // failed notes a failure and waits before the next try; false where there is
@@ -226,14 +283,11 @@ func (e *Engine) resolve(ctx context.Context, m *model, parsed *openfgav1.Author
 	ctx, cancel := context.WithTimeout(ctx, 5*e.opt.Timeout)
 	defer cancel()
 	r := m.remote
-	found, err := r.client.ListStores(ctx, &openfgav1.ListStoresRequest{Name: r.spec.Remote.Store, PageSize: wrapperspb.Int32(2)})
+	store, err := r.store(ctx)
 	if err != nil {
-		return fmt.Errorf("find its store: %w", err)
+		return err
 	}
-	if n := len(found.GetStores()); n != 1 {
-		return fmt.Errorf("find its store: %d are named %q", n, r.spec.Remote.Store)
-	}
-	store, version, token := found.GetStores()[0].GetId(), "", ""
+	version, token := "", ""
 	for seen := 0; version == "" && seen < maxVersions; {
 		all, err := r.client.ReadAuthorizationModels(ctx, &openfgav1.ReadAuthorizationModelsRequest{StoreId: store, PageSize: wrapperspb.Int32(10), ContinuationToken: token})
 		if err != nil {
@@ -262,6 +316,8 @@ func (e *Engine) resolve(ctx context.Context, m *model, parsed *openfgav1.Author
 	}
 	m.ids.Store(&modelIDs{store, version})
 	m.lastWrite.Store(e.now().UnixNano())
+	m.all.Add(1) // what another store answered
+	r.lost.Store(false)
 	e.opt.Changed(m.name)
 	return nil
 }

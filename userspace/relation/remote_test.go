@@ -238,6 +238,31 @@ func TestRemoteDown(t *testing.T) {
 	until(t, e, flow.ReasonOK)
 }
 
+// TestRemoteStoreMadeAgain holds that a store which is deleted answers nothing
+// any more, and that one which is made in its place is found.
+func TestRemoteStoreMadeAgain(t *testing.T) {
+	s := newElsewhere(t)
+	e := s.engine("s3cret")
+	until(t, e, flow.ReasonRelation)
+	s.write("user:alice", "can_pay", "account:1", true)
+	until(t, e, flow.ReasonOK)
+	_, err := s.fga.DeleteStore(t.Context(), &openfgav1.DeleteStoreRequest{StoreId: s.store})
+	must(t, err)
+	until(t, e, flow.ReasonRelationUnavailable)
+	if st := e.Status(); !strings.Contains(st.Problem, "store") {
+		t.Errorf("%+v", st)
+	}
+	made, err := s.fga.CreateStore(t.Context(), &openfgav1.CreateStoreRequest{Name: "shop"})
+	must(t, err)
+	s.store = made.GetId()
+	until(t, e, flow.ReasonRelation)
+	s.write("user:alice", "can_pay", "account:1", true)
+	until(t, e, flow.ReasonOK)
+	if st := e.Status(); st.Problem != "" {
+		t.Errorf("%+v", st)
+	}
+}
+
 // write2 writes the model and a tuple as somebody who was there before us.
 func (s *elsewhere) write2(user, object string) {
 	s.t.Helper()
