@@ -50,7 +50,7 @@ func (s *signer) message(t testing.TB, base string) []byte {
 func ownBase(r *flow.Request, input string) string {
 	lines := ""
 	list, _, _ := strings.Cut(input[strings.Index(input, "(")+1:], ")")
-	for _, name := range strings.FieldsSeq(list) {
+	for name := range strings.FieldsSeq(list) {
 		value := map[string]string{`"@method"`: r.Method, `"@target-uri"`: "http://" + r.Authority + r.Path + "?" + r.Query, `"@authority"`: r.Authority, `"@path"`: r.Path, `"@query"`: "?" + r.Query}[name]
 		for _, h := range r.Headers {
 			if `"`+strings.ToLower(string(h.Name))+`"` == name {
