@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sallyport-dev/sallyport/agent/sockets"
 	"github.com/sallyport-dev/sallyport/agent/testenv"
 )
 
@@ -222,6 +223,11 @@ func TestNamespacesAndTheirEnd(t *testing.T) {
 	testenv.RequireRoot(t)
 	scope := testenv.NewCgroup(t, nil)
 	before := descriptors(t)
+	t.Cleanup(func() { // after the end of all that follows
+		if after := descriptors(t); len(after) > len(before) {
+			t.Errorf("open: %v, before: %v", after, before)
+		}
+	})
 	r, until := run(t, scope, Options{Rescan: 20 * time.Millisecond})
 	a, b := cgroup(t, scope, "/a"), cgroup(t, scope, "/b")
 	r.SetIdentities([]Identity{{Name: "a", Path: "/a"}, {Name: "b", Path: "/b"}})
@@ -254,20 +260,34 @@ func TestNamespacesAndTheirEnd(t *testing.T) {
 	if len(got.Netns) != 1 || fmt.Sprint(got.Netns[0].Identities) != "[b]" {
 		t.Fatalf("left: %v", got.Netns)
 	}
-	t.Cleanup(func() {
-		if after := descriptors(t); after > before+8 {
-			t.Errorf("descriptors: %d, before %d", after, before)
-		}
-	})
 }
 
-func descriptors(t testing.TB) int {
+// descriptors are those of this process, with what is kept for good once
+// something was waited for, and once another namespace was entered.
+func descriptors(t testing.TB) map[string]string {
 	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	own, err := sockets.Own()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own.Close()
 	all, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return len(all)
+	open := map[string]string{}
+	for _, d := range all {
+		if to, err := os.Readlink("/proc/self/fd/" + d.Name()); err == nil {
+			open[d.Name()] = to
+		}
+	}
+	return open
 }
 
 func TestUnconfined(t *testing.T) {
