@@ -139,19 +139,6 @@ func must(t testing.TB, err error) {
 	}
 }
 
-func pinDir(t testing.TB) string {
-	t.Helper()
-	dir := filepath.Join(t.TempDir(), "bpf")
-	must(t, os.Mkdir(dir, 0o700))
-	must(t, unix.Mount("bpf", dir, "bpf", 0, ""))
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
-	return filepath.Join(dir, "sallyport")
-}
-
 // openDir makes a directory that another user may pass through, as the state
 // directory has to be.
 func openDir(t testing.TB) string {
@@ -221,7 +208,7 @@ func (g *ground) configure() (*config.Config, *testenv.Cgroup) {
 	t.Helper()
 	root := testenv.NewCgroup(t, nil)
 	cfg := config.Defaults(nodeName)
-	cfg.TrustDomain, cfg.StateDir, cfg.PinDir, cfg.Kernel.CgroupRoot = trustDomain, openDir(t), pinDir(t), root.Path
+	cfg.TrustDomain, cfg.StateDir, cfg.PinDir, cfg.Kernel.CgroupRoot = trustDomain, openDir(t), filepath.Join(testenv.BPFFS(t), "sallyport"), root.Path
 	cfg.PolicyDir, cfg.Identity.TPM, cfg.Userspace.User = t.TempDir(), "none", "65527"
 	cfg.ControlSocket = filepath.Join(t.TempDir(), "control.sock")
 	g.metricsAt = freePort(t)

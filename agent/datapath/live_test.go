@@ -5,7 +5,6 @@ package datapath
 import (
 	"errors"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -48,24 +47,6 @@ var (
 	mapped4  = netip.MustParseAddrPort("[::ffff:192.0.2.10]:8080")
 )
 
-func pinDir(t testing.TB) string {
-	t.Helper()
-	testenv.RequireRoot(t)
-	dir := filepath.Join(t.TempDir(), "bpf")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
-	return filepath.Join(dir, "sallyport")
-}
-
 func open(t testing.TB, o loader.Options) *loader.Kernel {
 	t.Helper()
 	k, err := loader.Open(o)
@@ -85,7 +66,7 @@ func must(t testing.TB, err error) {
 
 func newNode(t testing.TB, mode flow.Mode, change ...func(*loader.Options, *Options)) *node {
 	t.Helper()
-	n := &node{pins: pinDir(t), root: testenv.NewCgroup(t, nil)}
+	n := &node{pins: filepath.Join(testenv.BPFFS(t), "sallyport"), root: testenv.NewCgroup(t, nil)}
 	n.agentCgroup, n.clientCgroup, n.serverCgroup = testenv.NewCgroup(t, n.root), testenv.NewCgroup(t, n.root), testenv.NewCgroup(t, n.root)
 	lo, o := loader.Options{PinDir: n.pins, CgroupRoot: n.root.Path, FlowEntries: 1024}, Options{Ceiling: flow.ModeEnforce}
 	for _, c := range change {

@@ -16,7 +16,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"golang.org/x/sys/unix"
 
 	"github.com/sallyport-dev/sallyport/agent/testenv"
 )
@@ -33,16 +32,7 @@ func must(t testing.TB, err error) {
 // options is a pin directory on a bpffs of its own and a cgroup root.
 func options(t *testing.T) Options {
 	t.Helper()
-	testenv.RequireRoot(t)
-	dir := filepath.Join(t.TempDir(), "bpf")
-	must(t, os.Mkdir(dir, 0o700))
-	must(t, unix.Mount("bpf", dir, "bpf", 0, ""))
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount: %v", err)
-		}
-	})
-	return Options{PinDir: filepath.Join(dir, "sallyport"), CgroupRoot: testenv.NewCgroup(t, nil).Path, FlowEntries: 128}
+	return Options{PinDir: filepath.Join(testenv.BPFFS(t), "sallyport"), CgroupRoot: testenv.NewCgroup(t, nil).Path, FlowEntries: 128}
 }
 
 func open(t *testing.T, o Options) *Kernel {
@@ -272,11 +262,7 @@ func TestMountsBPF(t *testing.T) {
 	o := Options{PinDir: filepath.Join(parent, "sallyport"), CgroupRoot: testenv.NewCgroup(t, nil).Path, FlowEntries: 128}
 	k, err := Open(o)
 	must(t, err)
-	t.Cleanup(func() {
-		if err := unix.Unmount(parent, 0); err != nil {
-			t.Errorf("unmount: %v", err)
-		}
-	})
+	testenv.Unmounts(t, parent)
 	must(t, k.Close())
 	_, err = Uninstall(o.PinDir)
 	must(t, err)

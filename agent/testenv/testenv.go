@@ -83,6 +83,35 @@ type Cgroup struct {
 	ID   uint64 // what bpf_get_current_cgroup_id returns in it
 }
 
+// BPFFS mounts a bpffs of the test's own, and returns where.
+func BPFFS(t testing.TB) string {
+	t.Helper()
+	RequireRoot(t)
+	dir := filepath.Join(t.TempDir(), "bpf")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	Unmounts(t, dir)
+	return dir
+}
+
+// Unmounts has a mount go with the test. Somebody else on the machine who walks
+// through all mounts may be in it just then; who holds it keeps it.
+func Unmounts(t testing.TB, dir string) {
+	t.Cleanup(func() {
+		err := unix.Unmount(dir, 0)
+		for late := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(late); err = unix.Unmount(dir, 0) {
+			time.Sleep(10 * time.Millisecond)
+		}
+		if err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+}
+
 // NewCgroup makes a cgroup beneath parent, or beneath the root of the
 // hierarchy where parent is nil. At the end of the test its processes are
 // killed and it is removed.
