@@ -92,8 +92,8 @@ func TestAnomalyStepsUp(t *testing.T) {
 			t.Errorf("what was challenged was learned: %d, then %d", before, n)
 		}
 		for range 3 { // what the challenge asks for ends it
-			d := w.decide(w.request(injection, authenticated(5*time.Minute-time.Second)), "guarded")
-			if d.Effect != flow.EffectAllow || !d.Until.Equal(w.now.Add(time.Second)) || !strings.HasPrefix(d.Detail, "unusual: the authentication is fresh; ") {
+			d := w.decide(w.request(injection, authenticated(4*time.Minute)), "guarded")
+			if d.Effect != flow.EffectAllow || !d.Until.Equal(w.now.Add(time.Minute)) || !strings.HasPrefix(d.Detail, "unusual: the authentication is fresh; ") {
 				t.Errorf("%s, authenticated of late: %+v", mode, d)
 			}
 		}
