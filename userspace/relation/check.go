@@ -31,7 +31,7 @@ func (e *Engine) Cached(model, subject, relation, object string) (Answer, bool) 
 		return Answer{}, false
 	}
 	now := e.now().UnixNano()
-	if !m.fresh(now) {
+	if !m.known() || !m.fresh(now) {
 		return Answer{}, false
 	}
 	return e.cache.get(m, e.cache.hash(subject, relation, object), subject, relation, object, now)

@@ -57,6 +57,7 @@ type Engine struct {
 	fga    *server.Server
 	broken error // why nothing can be answered, nil for an open engine
 	now    func() time.Time
+	looks  time.Duration // how often the store of an engine elsewhere is looked for
 
 	models   atomic.Pointer[modelSet]
 	cache    cache
@@ -133,7 +134,7 @@ func Unavailable(err error) *Engine {
 
 func newEngine(opt Options) *Engine {
 	opt.defaults()
-	e := &Engine{opt: opt, now: time.Now, slots: make(chan struct{}, opt.Parallel)}
+	e := &Engine{opt: opt, now: time.Now, looks: storeEvery, slots: make(chan struct{}, opt.Parallel)}
 	e.cache.init(opt.CacheEntries)
 	e.flights.init()
 	e.models.Store(&modelSet{})

@@ -15,8 +15,10 @@ import (
 
 	openfgav1 "github.com/openfga/api/proto/openfga/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -69,7 +71,7 @@ type remote struct {
 
 var (
 	errNotYet = errors.New("the engine elsewhere has not answered yet")
-	errMoved  = errors.New("its store is not there any more")
+	errLost   = errors.New("its store is not there any more")
 )
 
 // Check asks it.
@@ -189,13 +191,18 @@ func (e *Engine) tail(ctx context.Context, m *model) error {
 	for {
 		began := e.now()
 		next, changed, err := r.changes(ctx, m, since, token)
-		if err == nil && began.Sub(looked) >= storeEvery {
-			if err = r.look(ctx, m); errors.Is(err, errMoved) {
+		if began.Sub(looked) >= e.looks {
+			switch look := r.look(ctx, m); {
+			case errors.Is(look, errLost):
 				r.lost.Store(true)
+				m.all.Add(1) // nothing is known any more
 				e.opt.Changed(m.name)
-				return err
+				return look
+			case look == nil:
+				looked = began
+			case err == nil:
+				err = look
 			}
-			looked = began
 		}
 		switch {
 		case err == nil:
@@ -227,11 +234,14 @@ func (e *Engine) tail(ctx context.Context, m *model) error {
 func (r *remote) look(ctx context.Context, m *model) error {
 	ctx, cancel := context.WithTimeout(ctx, maxLag)
 	defer cancel()
-	id, err := r.store(ctx)
-	if _, none := errors.AsType[*storesError](err); none || err == nil && id != m.ids.Load().store {
-		return errMoved
+	_, err := r.client.GetStore(ctx, &openfgav1.GetStoreRequest{StoreId: m.ids.Load().store})
+	switch status.Code(err) {
+	case codes.OK:
+		return nil
+	case codes.NotFound, codes.Code(openfgav1.NotFoundErrorCode_store_id_not_found):
+		return errLost
 	}
-	return err
+	return fmt.Errorf("look for its store: %w", err)
 }
 
 // storesError says that none or several stores have the name.

@@ -43,6 +43,7 @@ type elsewhere struct {
 	serve *grpc.Server
 	calls atomic.Int32 // questions
 	down  atomic.Bool  // no connection is made
+	gone  atomic.Pointer[string]
 }
 
 func newElsewhere(t *testing.T) *elsewhere {
@@ -75,6 +76,9 @@ func (s *elsewhere) start(addr string) {
 		md, _ := metadata.FromIncomingContext(ctx)
 		if got := md.Get("authorization"); len(got) != 1 || got[0] != "Bearer s3cret" {
 			return nil, status.Error(codes.Unauthenticated, "who are you")
+		}
+		if q, ok := req.(interface{ GetStoreId() string }); ok && s.gone.Load() != nil && q.GetStoreId() == *s.gone.Load() {
+			return nil, status.Error(codes.Code(openfgav1.NotFoundErrorCode_store_id_not_found), "Store ID not found")
 		}
 		if strings.HasSuffix(info.FullMethod, "/Check") {
 			s.calls.Add(1)
@@ -110,6 +114,7 @@ func (s *elsewhere) engine(secret string) *Engine {
 		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", s.addr)
 		return c, secret, err
 	}})
+	e.looks = pollEvery
 	must(s.t, e.SetModels(s.t.Context(), []Model{s.model(testModel), {Name: "shop/near", Text: testModel}}))
 	return e
 }
@@ -239,27 +244,56 @@ func TestRemoteDown(t *testing.T) {
 }
 
 // TestRemoteStoreMadeAgain holds that a store which is deleted answers nothing
-// any more, and that one which is made in its place is found.
+// any more, from memory neither, whether the server answers for it or not, and
+// that one which is made in its place is found.
 func TestRemoteStoreMadeAgain(t *testing.T) {
-	s := newElsewhere(t)
-	e := s.engine("s3cret")
-	until(t, e, flow.ReasonRelation)
-	s.write("user:alice", "can_pay", "account:1", true)
-	until(t, e, flow.ReasonOK)
-	_, err := s.fga.DeleteStore(t.Context(), &openfgav1.DeleteStoreRequest{StoreId: s.store})
-	must(t, err)
-	until(t, e, flow.ReasonRelationUnavailable)
-	if st := e.Status(); !strings.Contains(st.Problem, "store") {
-		t.Errorf("%+v", st)
-	}
-	made, err := s.fga.CreateStore(t.Context(), &openfgav1.CreateStoreRequest{Name: "shop"})
-	must(t, err)
-	s.store = made.GetId()
-	until(t, e, flow.ReasonRelation)
-	s.write("user:alice", "can_pay", "account:1", true)
-	until(t, e, flow.ReasonOK)
-	if st := e.Status(); st.Problem != "" {
-		t.Errorf("%+v", st)
+	for _, refuses := range []bool{false, true} {
+		s := newElsewhere(t)
+		e := s.engine("s3cret")
+		until(t, e, flow.ReasonRelation)
+		s.write("user:alice", "can_pay", "account:1", true)
+		until(t, e, flow.ReasonOK)
+		// Another that has the name as well takes nothing away.
+		twin, err := s.fga.CreateStore(t.Context(), &openfgav1.CreateStoreRequest{Name: "shop"})
+		must(t, err)
+		m := e.models.Load().find(remoteName)
+		for began := time.Now(); m.remote.polled.Load() < began.Add(2*pollEvery).UnixNano(); time.Sleep(10 * time.Millisecond) {
+			if time.Since(began) > 20*time.Second {
+				t.Fatalf("%+v", e.Status())
+			}
+		}
+		until(t, e, flow.ReasonOK)
+		_, err = s.fga.DeleteStore(t.Context(), &openfgav1.DeleteStoreRequest{StoreId: twin.GetId()})
+		must(t, err)
+
+		if refuses {
+			id := s.store
+			s.gone.Store(&id)
+		}
+		_, err = s.fga.DeleteStore(t.Context(), &openfgav1.DeleteStoreRequest{StoreId: s.store})
+		must(t, err)
+		for late := time.Now().Add(20 * time.Second); !m.remote.lost.Load(); time.Sleep(time.Millisecond) {
+			if time.Now().After(late) {
+				t.Fatalf("%+v", e.Status())
+			}
+			e.Check(t.Context(), remoteName, "user:alice", "can_pay", "account:1") //nolint:errcheck // traffic, so that memory is full
+		}
+		if a, ok := e.Cached(remoteName, "user:alice", "can_pay", "account:1"); ok {
+			t.Errorf("from memory: %+v", a)
+		}
+		until(t, e, flow.ReasonRelationUnavailable)
+		if st := e.Status(); !strings.Contains(st.Problem, "store") {
+			t.Errorf("%+v", st)
+		}
+		made, err := s.fga.CreateStore(t.Context(), &openfgav1.CreateStoreRequest{Name: "shop"})
+		must(t, err)
+		s.store = made.GetId()
+		until(t, e, flow.ReasonRelation)
+		s.write("user:alice", "can_pay", "account:1", true)
+		until(t, e, flow.ReasonOK)
+		if st := e.Status(); st.Problem != "" {
+			t.Errorf("%+v", st)
+		}
 	}
 }
 
