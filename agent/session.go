@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -75,6 +76,8 @@ type handover struct {
 	done       chan struct{} // closed when it is answered, or never will be
 	err        error         // why it is not in force; after done
 }
+
+var errUntold = errors.New("it does not say why")
 
 // newSession takes over the line to a process. What ends the line ends the
 // process, whether that sees it or not.
@@ -348,7 +351,11 @@ func (s *session) handOver(generation uint64, files []load.File) (*handover, err
 		late.Stop()
 		closeAll(fds)
 		if h.err = err; err == nil {
-			s.a.health.Check("policies-userspace", metrics.Degraded, textError(m.GetPoliciesReply().GetError()), "what the message names is refused meanwhile")
+			why := textError(m.GetPoliciesReply().GetError())
+			s.a.health.Check("policies-userspace", metrics.Degraded, why, "what the message names is refused meanwhile")
+			if at := m.GetPoliciesReply().GetGeneration(); at != generation {
+				h.err = fmt.Errorf("userspace goes by generation %d and not by %d: %w", at, generation, cmp.Or(why, errUntold))
+			}
 		}
 		close(h.done)
 	}, fd)

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -164,7 +165,7 @@ func TestRevocationDoesNotWaitForUserspace(t *testing.T) {
 	if _, err := c.Recv(1); err == nil || errors.Is(err, unix.EAGAIN) {
 		t.Errorf("the live connection of the revoked: %v", err)
 	}
-	must(t, in.Reply(&linepb.Message{Body: &linepb.Message_PoliciesReply{PoliciesReply: &linepb.PoliciesReply{}}}))
+	must(t, in.Reply(&linepb.Message{Body: &linepb.Message_PoliciesReply{PoliciesReply: &linepb.PoliciesReply{Generation: before + 1}}}))
 	<-s.handover.done
 	g.reconcile(func(*inputs) {})
 	if s.generation != before+1 || g.again.Load() {
@@ -223,6 +224,43 @@ func TestSetIsShownWhenUserspaceHasIt(t *testing.T) {
 	g.policy(documents + "\n---\n" + strings.ReplaceAll(soleIdentity, "NAME", "late"))
 	if at, after := <-during, shown(); at != before || after != before+1 {
 		t.Errorf("generation %d, then %d, and %d while that was handed over", before, after, at)
+	}
+}
+
+// A set that userspace says it does not go by is not in force, and is sent
+// again; one that it goes by, where something of it is refused, is.
+func TestSetThatUserspaceDoesNotTake(t *testing.T) {
+	g := newGround(t)
+	var answer atomic.Pointer[linepb.PoliciesReply]
+	g.connect(func(in *line.Incoming) bool {
+		reply := answer.Load()
+		if in.Message.GetPolicies() == nil || reply == nil {
+			return false
+		}
+		must(t, in.Reply(&linepb.Message{Body: &linepb.Message_PoliciesReply{PoliciesReply: reply}}))
+		return true
+	}).ready()
+	s := g.session.Load()
+	before := s.generation
+	shown := func() uint64 {
+		r, err := service{g.Agent}.Policies(g.current, &controlpb.PoliciesRequest{})
+		must(t, err)
+		return r.GetSet().GetGeneration()
+	}
+	answer.Store(&linepb.PoliciesReply{Generation: before, Error: "compile policy set"})
+	g.policy(documents + "\n---\n" + strings.ReplaceAll(soleIdentity, "NAME", "late"))
+	if s.generation != before || shown() != before || !g.again.Load() {
+		t.Errorf("generation %d, %d is shown, again %v", s.generation, shown(), g.again.Load())
+	}
+	answer.Store(&linepb.PoliciesReply{Generation: before + 1, Error: "set token issuers"})
+	g.reconcile(func(*inputs) {})
+	if s.generation != before+1 || shown() != before+1 || g.again.Load() {
+		t.Errorf("generation %d, %d is shown, again %v", s.generation, shown(), g.again.Load())
+	}
+	if !slices.ContainsFunc(g.health.Problems(), func(p metrics.Problem) bool {
+		return p.ID == "policies-userspace" && strings.Contains(p.Text, "set token issuers")
+	}) {
+		t.Errorf("problems %v", g.health.Problems())
 	}
 }
 

@@ -44,7 +44,7 @@ func (p *process) handle(ctx context.Context, in *line.Incoming) {
 	switch b := in.Message.GetBody().(type) {
 	case *linepb.Message_Policies:
 		err = p.setPolicies(ctx, in, b.Policies.GetGeneration())
-		reply := &linepb.PoliciesReply{Generation: b.Policies.GetGeneration()}
+		reply := &linepb.PoliciesReply{Generation: p.generation}
 		if err != nil {
 			reply.Error = err.Error()
 		}
@@ -121,7 +121,7 @@ func (p *process) setPolicies(ctx context.Context, in *line.Incoming, generation
 	// that is not there is denied, while keeping the old plan would keep old
 	// rules.
 	p.proxy.SetPlan(plan, generation)
-	p.plan = plan
+	p.plan, p.generation = plan, generation
 	return errors.Join(issuersErr, relErr, p.obtain())
 }
 

@@ -62,9 +62,10 @@ type process struct {
 
 	// Of the last messages about them, of their handler alone: what follows from
 	// both.
-	plan  *compile.Plan
-	local []string // SPIFFE IDs
-	roots *x509.CertPool
+	plan       *compile.Plan
+	generation uint64   // of the plan
+	local      []string // SPIFFE IDs
+	roots      *x509.CertPool
 
 	draining atomic.Bool
 	lost     uint64 // decision records that could not be sent; of report alone

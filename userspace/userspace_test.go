@@ -159,8 +159,8 @@ func (h *half) policies(generation uint64, text string) string {
 	must(h.t, err)
 	defer unix.Close(fd)
 	r := h.ask(&linepb.Message{Body: &linepb.Message_Policies{Policies: &linepb.Policies{Generation: generation}}}, fd).GetPoliciesReply()
-	if r.GetGeneration() != generation {
-		h.t.Errorf("the answer is to generation %d, not %d", r.GetGeneration(), generation)
+	if taken := !strings.Contains(r.GetError(), "compile policy set"); taken != (r.GetGeneration() == generation) {
+		h.t.Errorf("it goes by generation %d after %d was sent: %s", r.GetGeneration(), generation, r.GetError())
 	}
 	return r.GetError()
 }

@@ -1056,6 +1056,8 @@ func (x *Policies) GetGeneration() uint64 {
 	return 0
 }
 
+// PoliciesReply says which set userspace goes by: where it is the one that was
+// sent, error is what of it is refused meanwhile.
 type PoliciesReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Generation    uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
