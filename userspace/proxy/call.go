@@ -62,15 +62,15 @@ type call struct {
 	scratch []byte
 	add     []byte // field lines that tell the application who calls
 
-	leaving    bool           // to another node, or to what no policy protects: judged as such
-	host       string         // of an opaque connection: the SNI
-	offered    *tunnel.Stream // a CONNECT that is not answered yet
-	onward     netloop.Stream // the tunnel's stream to the other node
-	egressHost string         // outside the mesh, that was verified; "" for none
-	upstream   netloop.Stream // to the application
-	proof      proof          // of upstream
-	used       bool           // the upstream has answered a request
-	h2         duplex
+	leaving  bool           // to another node, or to what no policy protects: judged as such
+	host     string         // of an opaque connection: the SNI
+	offered  *tunnel.Stream // a CONNECT that is not answered yet
+	onward   netloop.Stream // the tunnel's stream to the other node
+	outside  *outside       // nil for what is judged by policies of ours
+	upstream netloop.Stream // to the application
+	proof    proof          // of upstream
+	used     bool           // the upstream has answered a request
+	h2       duplex
 
 	presented *presented // by the tunnel's peer, nil without a tunnel
 	auth      []byte     // the Authorization field that the request gets, nil for none
@@ -370,8 +370,8 @@ func (c *call) watch(opaque bool) bool {
 // recheck judges an opaque call, or an exchange that lasts, again.
 func (c *call) recheck(t *netloop.Task, serial uint64) {
 	c.resolve()
-	if c.egressHost != "" {
-		c.recheckHost()
+	if c.outside != nil {
+		c.recheckOutside(t, serial)
 		return
 	}
 	now, round := time.Now(), c.round

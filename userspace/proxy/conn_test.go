@@ -1050,10 +1050,12 @@ func TestServerNameTwice(t *testing.T) {
 		return append([]byte{22, 3, 1, 0, n + 4, 1, 0, 0, n}, body...)
 	}
 	other := []byte{0, 23, 0, 0}
+	behind := slices.Concat(sni("a.test"), sni("b.test")[6:])
+	behind[3] = byte(len(behind) - 4)
 	if name, _, ok := serverName(with(other, sni("a.test"), other)); !ok || name != "a.test" {
 		t.Errorf("%q %v", name, ok)
 	}
-	for _, bad := range [][]byte{with(sni("a.test"), sni("b.test")), with(sni("a.test"), other, sni("a.test")), with(sni("a.test"), other[:3]), with(sni("a.test"), []byte{0, 23, 0, 9})} {
+	for _, bad := range [][]byte{with(sni("a.test"), sni("b.test")), with(sni("a.test"), other, sni("a.test")), with(sni("a.test"), other[:3]), with(sni("a.test"), []byte{0, 23, 0, 9}), with(behind)} {
 		if name, more, ok := serverName(bad); ok || more {
 			t.Errorf("%x: %q", bad, name)
 		}

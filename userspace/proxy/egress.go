@@ -38,7 +38,27 @@ type hostProof struct {
 	err     *refusal  // nil: it has proven its name
 	until   time.Time // that long
 	probing bool
+	beside  int // tasks that wait to tell of it
 	changed netloop.Event
+}
+
+// question is whether an address is a host, for a caller in a namespace.
+type question struct {
+	p      *Proxy
+	l      *loop
+	about  hostProofKey
+	source flow.IdentityNumber
+}
+
+func (c *call) question(host string) question {
+	return question{c.p, c.l, hostProofKey{c.fromNetns, host, c.dst}, c.peer.Number}
+}
+
+// outside is a connection to an address that nobody claims, or to one of ours
+// past its policies, as long as the caller's policy only observes.
+type outside struct {
+	host   string // that the client asks for and egress lists, "" for none
+	proven bool
 }
 
 // plain carries a connection as it is, to an address that nobody claims, or
@@ -46,19 +66,20 @@ type hostProof struct {
 // own view, and what it has to refuse counts as an attack on it.
 func (c *call) plain() {
 	c.resolve()
-	host := ""
+	to := &outside{}
 	if !egress(c.src, c.dst) && (c.enforced() || verifies(c.src, c.dst.Port())) {
 		name, r := c.asksFor()
 		switch {
 		case name == "" && r == nil:
 			return // the client has gone
-		case r == nil && !c.enforced():
-			host = name
-			c.proveBeside(name)
-		case r == nil:
-			host, r = name, c.prove(name)
+		case r != nil:
+		case c.enforced():
+			r = c.question(name).prove(c.t)
+			to.proven = r == nil
+		default:
+			r = c.proveBeside(name)
 		}
-		if r != nil {
+		if to.host = name; r != nil {
 			c.begin(flow.ProtocolTCP)
 			if c.enforced() {
 				c.fail(r)
@@ -68,7 +89,7 @@ func (c *call) plain() {
 			c.record(0, 0)
 		}
 	}
-	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number, Host: host},
+	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number, Host: to.host},
 		time.Now().Add(c.p.opt.ConnectTimeout))
 	if err != nil {
 		c.begin(flow.ProtocolTCP)
@@ -76,10 +97,9 @@ func (c *call) plain() {
 		return
 	}
 	c.upstream = conn
-	if host != "" && !c.watchHost(host) {
-		return
+	if c.watchOutside(to) {
+		c.relayRest()
 	}
-	c.relayRest()
 }
 
 // egress says whether an enforced identity may connect to an address that
@@ -132,48 +152,74 @@ func (c *call) asksFor() (host string, r *refusal) {
 	return name, nil
 }
 
-// proveBeside tells what enforce would refuse, and holds nothing up.
-func (c *call) proveBeside(host string) {
-	p, peer, dst, netns, mode := c.p, c.peer, c.dst, c.fromNetns, c.fromMode
+// maxBeside is how many tasks wait to tell of one host.
+const maxBeside = 4
+
+// proveBeside returns what enforce would refuse, where that is known. Else it
+// is told once it is, and nothing is held up.
+func (c *call) proveBeside(host string) *refusal {
+	q := c.question(host)
+	known, r := q.known()
+	switch {
+	case r != nil:
+		return r
+	case !known.probing && time.Now().Before(known.until):
+		return known.err
+	case known.beside == maxBeside:
+		return nil // others tell of it
+	}
+	known.beside++
+	peer, mode := c.peer, c.fromMode
 	c.t.Go(func(t *netloop.Task) {
-		b := p.newCall(t, nil)
-		defer b.release()
-		b.leaving, b.peer, b.dst, b.fromNetns, b.fromMode = true, peer, dst, netns, mode
-		b.resolve()
-		if r := b.prove(host); r != nil {
-			b.begin(flow.ProtocolTCP)
-			b.refuse(r.stage, r.reason, r.detail)
-			b.d.Enforced = false // the connection has gone on
-			b.record(0, 0)
+		r := q.prove(t)
+		known.beside--
+		if r == nil {
+			return
 		}
+		b := q.p.newCall(t, nil)
+		defer b.release()
+		b.leaving, b.peer, b.dst, b.fromNetns, b.fromMode = true, peer, q.about.at, q.about.netns, mode
+		b.resolve()
+		b.begin(flow.ProtocolTCP)
+		b.refuse(r.stage, r.reason, r.detail)
+		b.d.Enforced = false // the connection has gone on
+		b.record(0, 0)
 	})
+	return nil
+}
+
+// known returns what is known of the host.
+func (q question) known() (*hostProof, *refusal) {
+	if p := q.l.hosts[q.about]; p != nil {
+		return p, nil
+	}
+	if !q.l.roomForHost(time.Now()) {
+		return nil, &refusal{flow.StageUpstream, flow.ReasonOverload, "too many hosts are being verified"}
+	}
+	p := &hostProof{}
+	q.l.hosts[q.about] = p
+	return p, nil
 }
 
 // prove has the address prove that it is the host; one task asks while the
 // others wait.
-func (c *call) prove(host string) *refusal {
-	deadline := time.Now().Add(c.p.opt.ConnectTimeout)
-	key := hostProofKey{c.fromNetns, host, c.dst}
+func (q question) prove(t *netloop.Task) *refusal {
+	deadline := time.Now().Add(q.p.opt.ConnectTimeout)
 	for {
-		p := c.l.hosts[key]
-		now := time.Now()
+		p, r := q.known()
 		switch {
-		case p == nil:
-			if !c.l.roomForHost(now) {
-				return &refusal{flow.StageUpstream, flow.ReasonOverload, "too many hosts are being verified"}
-			}
-			p = &hostProof{}
-			c.l.hosts[key] = p
+		case r != nil:
+			return r
 		case p.probing:
-			if err := c.t.WaitUntil(&p.changed, deadline); err != nil && p.probing {
+			if err := t.WaitUntil(&p.changed, deadline); err != nil && p.probing {
 				return &refusal{flow.StageUpstream, flow.ReasonEgressCertificate, "the host's certificate was not seen in time"}
 			}
 			continue
-		case now.Before(p.until):
+		case time.Now().Before(p.until):
 			return p.err
 		}
 		p.probing = true
-		p.until, p.err = c.probe(host, deadline)
+		p.until, p.err = q.probe(t, deadline)
 		p.probing = false
 		p.changed.Broadcast()
 		return p.err
@@ -186,7 +232,7 @@ func (l *loop) roomForHost(now time.Time) bool {
 		return true
 	}
 	for k, p := range l.hosts {
-		if !p.probing && !now.Before(p.until) {
+		if !p.probing && p.beside == 0 && !now.Before(p.until) {
 			delete(l.hosts, k)
 		}
 	}
@@ -195,8 +241,9 @@ func (l *loop) roomForHost(now time.Time) bool {
 
 // probe makes a handshake of its own: that of the client shows no certificate
 // (RFC 8446 section 4.4.2).
-func (c *call) probe(host string, deadline time.Time) (until time.Time, r *refusal) {
-	conn, err := c.p.dial(c.t, DialRequest{Kind: DialPlain, Netns: c.fromNetns, Address: c.dst, Source: c.peer.Number, Host: host}, deadline)
+func (q question) probe(t *netloop.Task, deadline time.Time) (until time.Time, r *refusal) {
+	host, at := q.about.host, q.about.at
+	conn, err := q.p.dial(t, DialRequest{Kind: DialPlain, Netns: q.about.netns, Address: at, Source: q.source, Host: host}, deadline)
 	if err != nil {
 		return time.Now().Add(hostProofPause), reasonOf(err, flow.ReasonUpstream)
 	}
@@ -204,7 +251,7 @@ func (c *call) probe(host string, deadline time.Time) (until time.Time, r *refus
 	_ = conn.SetDeadline(deadline)
 	var signed keySigned
 	var certificate *x509.Certificate
-	err = tls.Client(conn, &tls.Config{ServerName: host, RootCAs: c.p.opt.Roots, MinVersion: tls.VersionTLS12, CipherSuites: signedSuites, KeyLogWriter: &signed,
+	err = tls.Client(conn, &tls.Config{ServerName: host, RootCAs: q.p.opt.Roots, MinVersion: tls.VersionTLS12, CipherSuites: signedSuites, KeyLogWriter: &signed,
 		VerifyConnection: func(s tls.ConnectionState) error {
 			certificate = s.PeerCertificates[0]
 			return nil
@@ -212,7 +259,7 @@ func (c *call) probe(host string, deadline time.Time) (until time.Time, r *refus
 	// What it asks of a client is the client's: a host that wants a certificate
 	// has proven its own before it refuses.
 	if err != nil && (certificate == nil || !bool(signed)) {
-		return time.Now().Add(hostProofPause), &refusal{flow.StageUpstream, flow.ReasonEgressCertificate, c.dst.String() + " does not prove to be " + host + ": " + err.Error()}
+		return time.Now().Add(hostProofPause), &refusal{flow.StageUpstream, flow.ReasonEgressCertificate, at.String() + " does not prove to be " + host + ": " + err.Error()}
 	}
 	return earlier(time.Now().Add(hostProofLife), certificate.NotAfter), nil
 }
@@ -239,18 +286,41 @@ func (k *keySigned) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// watchHost registers a connection to a verified host, so that it ends when
-// what allowed it ends.
-func (c *call) watchHost(host string) bool {
-	c.begin(flow.ProtocolTLS)
-	c.d = flow.Decision{Effect: flow.EffectAllow, Enforced: c.enforced(), Steps: c.d.Steps[:0], Until: c.src.Expires}
-	c.egressHost = host
+// watchOutside registers such a connection, so that it ends when what allowed
+// it ends.
+func (c *call) watchOutside(to *outside) bool {
+	protocol := flow.ProtocolTCP
+	if to.host != "" {
+		protocol = flow.ProtocolTLS
+	}
+	c.begin(protocol)
+	c.d = flow.Decision{Effect: flow.EffectAllow, Enforced: c.enforced(), Steps: c.d.Steps[:0]}
+	if c.src != nil {
+		c.d.Until = c.src.Expires
+	}
+	c.outside = to
 	return c.watch(true)
 }
 
-// recheckHost ends a connection to a host that egress does not list any more.
-func (c *call) recheckHost() {
-	if !verifiesHost(c.src, c.egressHost, c.dst.Port()) && !egress(c.src, c.dst) {
-		c.end(flow.ReasonPolicyChanged)
+// recheckOutside ends one that a new connection would not become any more.
+func (c *call) recheckOutside(t *netloop.Task, serial uint64) {
+	to := c.outside
+	switch {
+	case !c.enforced(), c.target == nil && egress(c.src, c.dst):
+		return
+	case c.target == nil && to.host != "" && verifiesHost(c.src, to.host, c.dst.Port()):
+		if to.proven {
+			return
+		}
+		// Audit let it pass before that was known.
+		r := c.question(to.host).prove(t)
+		if c.serial != serial {
+			return
+		}
+		if r == nil {
+			to.proven = true
+			return
+		}
 	}
+	c.end(flow.ReasonPolicyChanged)
 }

@@ -14,6 +14,7 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -304,6 +305,98 @@ func TestEgressVerifiedBesideInAudit(t *testing.T) {
 		if r := n.recorded(flow.ReasonEgressCertificate); !r.WouldDeny {
 			t.Errorf("%+v", r)
 		}
+	})
+}
+
+// TestEgressAuditToEnforce holds that what audit let pass ends once it is
+// enforced, unless it would pass then.
+func TestEgressAuditToEnforce(t *testing.T) {
+	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	_, otherRoots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	const before = "mode: enforce, mayCall: [server], egress: [{cidr: 10.0.2.0/24, ports: [6000]}]"
+	enforced := changed(t, before, "mode: enforce, mayCall: [server], egress: [{host: "+partner+", ports: [6000], tls: verify}]")
+	say := func(c net.Conn) error {
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		if _, err := c.Write([]byte("word")); err != nil {
+			return err
+		}
+		_, err := io.ReadFull(c, make([]byte, 4))
+		return err
+	}
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, to := range []struct {
+			name  string
+			roots *x509.CertPool
+			stays bool
+		}{{partner, roots, true}, {partner, otherRoots, false}, {"other.test", roots, false}} {
+			n := newPartnered(t, goroutines, "audit", good, to.roots)
+			c, err := n.speak(t, to.name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.proxy.SetPlan(enforced, 2)
+			if to.stays {
+				if err := say(c); err != nil {
+					t.Errorf("%s: %v", to.name, err)
+				}
+				n.proxy.SetPlan(plan(t, "enforce"), 3)
+			}
+			_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+			if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s: it goes on: %v", to.name, err)
+			}
+			n.recorded(flow.ReasonPolicyChanged)
+		}
+		// One that nothing verifies, and that enforce does not list.
+		n := newPartnered(t, goroutines, "audit", good, roots)
+		n.raw(echo, 7)
+		at := netip.MustParseAddrPort("10.0.9.1:7")
+		n.mu.Lock()
+		n.apps[at] = n.apps[serverPort(7)]
+		n.mu.Unlock()
+		c := dialTCP(t, n.out(clientNumber, at))
+		if err := say(c); err != nil {
+			t.Fatal(err)
+		}
+		n.proxy.SetPlan(enforced, 2)
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("it goes on: %v", err)
+		}
+		n.recorded(flow.ReasonPolicyChanged)
+	})
+}
+
+// TestEgressBesideBounded holds that a host which says nothing has few wait to
+// tell of it.
+func TestEgressBesideBounded(t *testing.T) {
+	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		answer := make(chan struct{})
+		n := newPartnered(t, goroutines, "audit", good, roots, func(c *tls.Config) {
+			c.NextProtos = []string{"own"}
+			c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+				if len(h.SupportedProtos) == 0 {
+					<-answer
+				}
+				return nil, nil
+			}
+		})
+		before := n.engine.Stats().Tasks
+		const most = 8 * maxBeside
+		for range most {
+			c := tls.Client(dialTCP(t, n.addr), &tls.Config{ServerName: partner, InsecureSkipVerify: true, NextProtos: []string{"own"}})
+			if err := c.Handshake(); err != nil {
+				t.Fatal(err)
+			}
+			c.Close()
+		}
+		for late := time.Now().Add(20 * time.Second); n.engine.Stats().Tasks > before+maxBeside; time.Sleep(time.Millisecond) {
+			if time.Now().After(late) {
+				t.Fatalf("%d tasks, %d before", n.engine.Stats().Tasks, before)
+			}
+		}
+		close(answer)
 	})
 }
 

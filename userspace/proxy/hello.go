@@ -32,9 +32,10 @@ func serverName(b []byte) (name string, more, ok bool) {
 		if kind != 0 {
 			continue
 		}
-		list := reader{b: data}
-		list = reader{b: list.take(int(list.u16()))}
-		if named || list.u8() != 0 { // no extension comes twice, RFC 8446 section 4.2
+		all := reader{b: data}
+		list := reader{b: all.take(int(all.u16()))}
+		// No extension comes twice, RFC 8446 section 4.2.
+		if len(all.b) > 0 || named || list.u8() != 0 {
 			return "", false, false
 		}
 		host := list.take(int(list.u16()))
