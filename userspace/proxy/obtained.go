@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"net/http"
 	"os"
 	"time"
 
@@ -133,21 +134,29 @@ func (g *presenter) change(t *netloop.Task) {
 	}
 }
 
-// run gives until there is nothing new, and again what did not get there.
+// run gives until there is nothing new, and again what did not get there; not
+// what the other node refuses for good.
 func (g *presenter) run(t *netloop.Task) {
 	defer func() { g.running = false }()
+	told := ""
 	for wait := presentAgain; g.changed && !g.m.Over(); {
 		g.changed = false
 		err := g.give(t, time.Now().Add(obtainWait))
 		if err == nil {
-			wait = presentAgain
+			wait, told = presentAgain, ""
 			continue
 		}
-		g.changed = true
 		if g.m.Over() {
 			return
 		}
-		g.p.opt.Logger.Warn("tokens not presented to the other node", "identity", g.id, "to", g.to, "error", err, "retry", wait)
+		if text := err.Error(); text != told {
+			told = text
+			g.p.opt.Logger.Warn("tokens not presented to the other node", "identity", g.id, "to", g.to, "error", err)
+		}
+		if refused, ok := errors.AsType[*tunnel.RefusedError](err); ok && refused.Status/100 == 4 && refused.Status != http.StatusTooManyRequests {
+			continue
+		}
+		g.changed = true
 		if err := t.WaitTimeout(&g.woken, wait); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}

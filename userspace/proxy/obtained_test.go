@@ -21,6 +21,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/obtain"
 	"github.com/sallyport-dev/sallyport/userspace/obtain/issuertest"
 	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+	"github.com/sallyport-dev/sallyport/userspace/proxy/http2"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/tunnel"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -325,60 +326,72 @@ func TestNotObtained(t *testing.T) {
 }
 
 // TestPresentedAgain holds that tokens which did not get to the other node are
-// presented again by and by, and that a presenter ends with its tunnel.
+// presented again by and by, those that it refuses for good when they change,
+// and that a presenter ends with its tunnel.
 func TestPresentedAgain(t *testing.T) {
-	for _, plain := range []bool{false, true} {
-		e, err := netloop.New(netloop.Options{Loops: 1, Goroutines: plain})
-		if err != nil {
-			t.Fatal(err)
-		}
-		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		source := obtain.New(obtain.Options{})
-		g := &presenter{p: &Proxy{opt: Options{Obtained: source, Logger: slog.New(slog.DiscardHandler)}}, id: clientID, to: "t/server", given: true}
-		came, ended := make(chan bool, 8), make(chan struct{})
-		e.Go(func(task *netloop.Task) {
-			conn, err := task.Adopt(fds[0])
+	for _, answers := range [][]string{{"503", "429", "200"}, {"404", "400", "200"}} {
+		for _, plain := range []bool{false, true} {
+			e, err := netloop.New(netloop.Options{Loops: 1, Goroutines: plain})
 			if err != nil {
-				t.Error(err)
-				return
+				t.Fatal(err)
 			}
-			n := 0
-			_ = tunnel.Serve(task, conn, tunnel.Config{}, tunnel.Handler{Tokens: func([]byte) bool {
-				n++
-				came <- n > 2
-				return n > 2
-			}})
-			conn.Close()
-		})
-		e.Go(func(task *netloop.Task) {
-			conn, err := task.Adopt(fds[1])
+			fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 			if err != nil {
-				t.Error(err)
-				return
+				t.Fatal(err)
 			}
-			stop := source.Watch(g.id, g.to, func() {})
-			g.stop = func() { stop(); close(ended) }
-			g.begin(task, tunnel.Dial(task, conn, tunnel.Config{OnEnd: g.stop}), time.Now().Add(20*time.Second))
-		})
-		for nth := range 3 {
-			select {
-			case taken := <-came:
-				if taken != (nth == 2) {
-					t.Errorf("presentation %d: %v", nth, taken)
+			source := obtain.New(obtain.Options{})
+			g := &presenter{p: &Proxy{opt: Options{Obtained: source, Logger: slog.New(slog.DiscardHandler)}}, id: clientID, to: "t/server", given: true}
+			came, ended := make(chan string, 8), make(chan struct{})
+			e.Go(func(task *netloop.Task) {
+				conn, err := task.Adopt(fds[0])
+				if err != nil {
+					t.Error(err)
+					return
 				}
-			case <-time.After(20 * time.Second):
-				t.Fatal("nothing was presented")
+				n := 0
+				_ = http2.Serve(task, conn, http2.Config{}, func(_ *netloop.Task, s *http2.Stream) {
+					status := "500"
+					if n < len(answers) {
+						status = answers[n]
+					}
+					n++
+					if _, err := io.Copy(io.Discard, s); err != nil || s.SendHead([]http2.Field{{Name: ":status", Value: status}}, true) != nil {
+						t.Errorf("answer %s: %v", status, err)
+					}
+					came <- status
+				})
+				conn.Close()
+			})
+			e.Go(func(task *netloop.Task) {
+				conn, err := task.Adopt(fds[1])
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				stop := source.Watch(g.id, g.to, func() {})
+				g.stop = func() { stop(); close(ended) }
+				g.begin(task, tunnel.Dial(task, conn, tunnel.Config{OnEnd: g.stop}), time.Now().Add(20*time.Second))
+			})
+			for nth, want := range answers {
+				if nth == 2 && answers[0] == "404" {
+					e.Post(0, g.change)
+				}
+				select {
+				case got := <-came:
+					if got != want {
+						t.Errorf("presentation %d was answered %s", nth, got)
+					}
+				case <-time.After(20 * time.Second):
+					t.Fatalf("presentation %d did not come", nth)
+				}
 			}
+			e.Close()
+			<-ended
+			if len(came) > 0 {
+				t.Errorf("%d presentations too many", len(came))
+			}
+			source.Close()
 		}
-		e.Close()
-		<-ended
-		if len(came) > 0 {
-			t.Errorf("%d presentations too many", len(came))
-		}
-		source.Close()
 	}
 }
 
