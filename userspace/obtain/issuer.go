@@ -16,49 +16,68 @@ type endpoint struct{ issuer, url string }
 // from another.
 type issuer struct {
 	slots chan struct{}
+	trial chan struct{} // of those slots, while it does not answer
 
-	mu    sync.Mutex
-	until time.Time     // no request before
-	pause time.Duration // the last one
-	why   error         // of it
+	mu      sync.Mutex
+	answers bool
+	until   time.Time     // no request before
+	pause   time.Duration // the last one
+	why     error         // of it
 }
 
-func newIssuer() *issuer { return &issuer{slots: make(chan struct{}, atOnceOne)} }
+func newIssuer() *issuer {
+	return &issuer{slots: make(chan struct{}, atOnceOne), trial: make(chan struct{}, atOnceNew)}
+}
 
-// enter waits for its turn. An error says why there is none, and until when.
-func (i *issuer) enter(ctx context.Context, s *Source) (until time.Time, err error) {
-	select {
-	case i.slots <- struct{}{}:
-	case <-ctx.Done():
-		return s.opt.Now(), ctx.Err()
+// enter waits for its turn, and returns what ends it. An error says why there
+// is none, and until when.
+func (i *issuer) enter(ctx context.Context, s *Source) (leave func(), until time.Time, err error) {
+	var held []chan struct{}
+	leave = func() {
+		for _, slots := range held {
+			<-slots
+		}
 	}
+	take := func(slots chan struct{}) bool {
+		select {
+		case slots <- struct{}{}:
+			held = append(held, slots)
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	gone := func() (func(), time.Time, error) {
+		leave()
+		return nil, s.opt.Now(), ctx.Err()
+	}
+	if !take(i.slots) {
+		return gone()
+	}
+	if answers, _, _ := i.state(); !answers && !take(i.trial) {
+		return gone()
+	}
+	if _, until, why := i.state(); s.opt.Now().Before(until) {
+		leave()
+		return nil, until, why
+	}
+	if !take(s.slots) {
+		return gone()
+	}
+	return leave, time.Time{}, nil
+}
+
+func (i *issuer) state() (answers bool, until time.Time, why error) {
 	i.mu.Lock()
-	until, err = i.until, i.why
-	i.mu.Unlock()
-	if err != nil && s.opt.Now().Before(until) {
-		<-i.slots
-		return until, err
-	}
-	select {
-	case s.slots <- struct{}{}:
-		return time.Time{}, nil
-	case <-ctx.Done():
-		<-i.slots
-		return s.opt.Now(), ctx.Err()
-	}
-}
-
-// leave ends a request.
-func (i *issuer) leave(s *Source) {
-	<-s.slots
-	<-i.slots
+	defer i.mu.Unlock()
+	return i.answers, i.until, i.why
 }
 
 // silent notes that no answer came in time.
 func (i *issuer) silent(now time.Time, err error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if now.Before(i.until) {
+	if i.answers = false; now.Before(i.until) {
 		return // another request has seen it
 	}
 	i.pause = min(max(2*i.pause, retryMin), retryMax)
@@ -68,5 +87,5 @@ func (i *issuer) silent(now time.Time, err error) {
 func (i *issuer) answered() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.pause, i.until, i.why = 0, time.Time{}, nil
+	i.answers, i.pause, i.until, i.why = true, 0, time.Time{}, nil
 }

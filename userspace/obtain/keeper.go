@@ -102,7 +102,7 @@ func (k *keeper) idle(known bool) time.Duration {
 }
 
 func (k *keeper) renew(h *held) {
-	until, err := k.issuer.enter(k.ctx, k.s)
+	leave, until, err := k.issuer.enter(k.ctx, k.s)
 	if err != nil {
 		// Another's try has shown that it does not answer.
 		h.due = until.Add(rand.N(retryMin))
@@ -121,7 +121,7 @@ func (k *keeper) renew(h *held) {
 	case k.ctx.Err() == nil:
 		k.issuer.answered()
 	}
-	k.issuer.leave(k.s)
+	leave()
 	switch {
 	case k.ctx.Err() != nil:
 		return

@@ -28,8 +28,9 @@ const (
 	MaxWants = 4096
 
 	timeout   = 10 * time.Second // of one request to an issuer
-	atOnce    = 16               // requests
-	atOnceOne = 2                // of them to one issuer
+	atOnce    = 32               // requests
+	atOnceOne = 8                // of them to one issuer
+	atOnceNew = 2                // as long as it has not answered yet, or not the last time
 	retryMin  = time.Second
 	retryMax  = time.Minute
 	maxHeld   = 8 // leaves of one identity that have not expired

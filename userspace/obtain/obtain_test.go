@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -352,8 +353,61 @@ func TestSilentIssuer(t *testing.T) {
 	w.timeout = time.Hour
 	_, _, most := w.silent(4 * atOnce)
 	w.await(func(*Token) bool { return true })
-	if got := most.Load(); got > atOnceOne {
+	if got := most.Load(); got > atOnceNew {
 		t.Errorf("%d requests at once to one issuer", got)
+	}
+}
+
+// TestManyOfOneIssuer holds that an issuer which answers is asked for several
+// tokens at once, and not for any number.
+func TestManyOfOneIssuer(t *testing.T) {
+	w := newWorld(t, time.Minute)
+	const n = 4 * atOnceOne
+	wants := []Want{want()}
+	for i := range n {
+		one := want()
+		one.To = fmt.Sprint("shop/", i)
+		wants = append(wants, one)
+	}
+	var now, most atomic.Int32
+	full := make(chan struct{})
+	filled := sync.OnceFunc(func() { close(full) })
+	answer := func(http.ResponseWriter, *http.Request) bool {
+		w.issuer.Unlock() // it is held for a request
+		defer w.issuer.Lock()
+		at := now.Add(1)
+		defer now.Add(-1)
+		if at > most.Load() {
+			most.Store(at)
+		}
+		if at == atOnceOne {
+			filled()
+		}
+		select {
+		case <-full:
+		case <-time.After(20 * time.Second):
+			t.Error("fewer come at once")
+		}
+		return false
+	}
+	if err := w.Set(wants[:1]); err != nil {
+		t.Fatal(err)
+	}
+	w.await(func(*Token) bool { return true })
+	w.issuer.Lock()
+	w.issuer.Answer = answer
+	w.issuer.Unlock()
+	if err := w.Set(wants); err != nil {
+		t.Fatal(err)
+	}
+	for _, one := range wants {
+		w.Await(t.Context(), clientID, one.To)
+		if w.Newest(clientID, one.To) == nil {
+			t.Errorf("no token for %s: %+v", one.To, w.Status())
+		}
+	}
+	if got := most.Load(); got > atOnceOne {
+		t.Errorf("%d at once", got)
 	}
 }
 
@@ -372,7 +426,7 @@ func TestSilentIssuerPaused(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 	}
-	if got, most := dials.Load(), atOnceOne*(1+int32(time.Since(began)/retryMin)); got > most {
+	if got, most := dials.Load(), atOnceNew*(1+int32(time.Since(began)/retryMin)); got > most {
 		t.Errorf("%d requests, want at most %d", got, most)
 	}
 }
