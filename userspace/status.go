@@ -80,7 +80,7 @@ type Budget struct {
 
 func (p *process) status(in *line.Incoming) error {
 	s := Status{
-		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()), Proofs: p.tokens.Proofs(),
+		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()), Proofs: p.proofs.Len(),
 		Relations: p.relations.Status(), Obtained: p.obtained.Status(), Resident: resident(),
 	}
 	counters := p.pipeline.Counters()

@@ -12,6 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"time"
 
@@ -48,11 +50,13 @@ type process struct {
 	start   *linepb.Start
 	log     *slog.Logger
 	version string
+	boot    string // of the machine
 
 	engine    *netloop.Engine
 	proxy     *proxy.Proxy
 	pipeline  *pipeline.Pipeline
 	tokens    *token.Verifier
+	proofs    *token.Proofs
 	relations *relation.Engine
 	anomalies *anomaly.Scorer
 	leaves    *identity.Leaves
@@ -90,6 +94,11 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		log.Error("the system's certificates not read: no issuer is believed", "err", err)
 		p.roots = x509.NewCertPool()
 	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return fmt.Errorf("read which boot this is: %w", err)
+	}
+	p.boot = string(boot)
 	if confine != nil {
 		if err := confine(p.start.GetStateDir()); err != nil {
 			return err
@@ -137,7 +146,13 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 
 func (p *process) open(ctx context.Context) error {
 	var err error
-	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Introspect: p.introspect, Began: time.Now(), Log: p.log})
+	p.proofs, err = token.OpenProofs(filepath.Join(p.start.GetStateDir(), "proofs"), p.boot, time.Now())
+	if err != nil {
+		// Those of before now are refused.
+		p.log.Error("used proofs are not kept", "err", err)
+		p.proofs = token.NewProofs(time.Now())
+	}
+	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Introspect: p.introspect, Proofs: p.proofs, Log: p.log})
 	p.verifier = identity.NewVerifier(identity.VerifierOptions{})
 	p.leaves = identity.NewLeaves(identity.LeavesOptions{Sign: p.sign, Log: p.log})
 	p.obtained = obtain.New(obtain.Options{Leaves: p.leaves, Dial: p.dialIssuer, Roots: p.roots, Log: p.log})
@@ -210,6 +225,7 @@ func (p *process) close() {
 	if err := p.anomalies.Close(); err != nil {
 		p.log.Error("baselines not saved", "err", err)
 	}
+	p.proofs.Close() //nolint:errcheck // each was written as it came
 }
 
 // report sends decision records to the agent as they come.

@@ -5,11 +5,9 @@ package token
 import (
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/binary"
 	"errors"
 	"net/url"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -19,18 +17,11 @@ import (
 const (
 	// MaxProof is the longest proof that is read, in bytes.
 	MaxProof = 8 << 10
-	// MaxProofAge is how old a proof may be; it may come from as far in the
-	// future as a token.
-	MaxProofAge = time.Minute
-	maxProofID  = 256 // bytes of jti
-	// maxProofs bounds the proofs that are remembered, so that none is taken
-	// twice; where they are as many, further ones are refused. Once they are
-	// half as many, those of a key that has its share already are: one client
-	// keeps no other out.
-	maxProofs   = 1 << 18
-	proofShards = 64
-	maxShard    = maxProofs / proofShards
-	proofShare  = maxShard / 64 // of a key in a shard
+	// MaxProofAge is how old a proof may be, MaxProofLead from how far in the
+	// future it may come.
+	MaxProofAge  = time.Minute
+	MaxProofLead = 10 * time.Second
+	maxProofID   = 256 // bytes of jti
 )
 
 // ProofAlgorithms are those that a challenge offers (RFC 9449 section 5.1).
@@ -49,9 +40,6 @@ var (
 	errProofAge     = errors.New("the DPoP proof is too old, or of the future (iat)")
 	errProofBinding = errors.New("the DPoP proof is by another key than the token's")
 	errProofTwice   = errors.New("the DPoP proof came before (jti)")
-	errProofsFull   = errors.New("more proofs came than can be remembered")
-	errProofsOfKey  = errors.New("more proofs of this key came than can be remembered beside others'")
-	errProofBefore  = errors.New("the proof is of before this process began to remember them (iat, created)")
 )
 
 // proofHeaders and proofClaims are the members that decide something.
@@ -78,7 +66,7 @@ type Proof struct {
 
 // of says whether the request proves the possession of the key with that
 // thumbprint, for a token.
-func (p *Proof) of(thumbprint *[sha256.Size]byte, token []byte, used *proofs, now time.Time) (flow.Reason, error) {
+func (p *Proof) of(thumbprint *[sha256.Size]byte, token []byte, used *Proofs, now time.Time) (flow.Reason, error) {
 	if p == nil || p.Request == nil {
 		return flow.ReasonTokenProof, errProof
 	}
@@ -218,7 +206,7 @@ func (p *Proof) claims(claims map[string]any, token []byte, now time.Time) (flow
 		return flow.ReasonProofMismatch, errProofTarget
 	case subtle.ConstantTimeCompare(hash, sum[:]) != 1:
 		return flow.ReasonProofMismatch, errProofToken
-	case issued.Before(now.Add(-MaxProofAge)), issued.After(now.Add(leeway)):
+	case issued.Before(now.Add(-MaxProofAge)), issued.After(now.Add(MaxProofLead)):
 		return flow.ReasonProofStale, errProofAge
 	}
 	h := sha256.New()
@@ -311,103 +299,4 @@ func normalPath(path string) string {
 		i += 2
 	}
 	return b.String()
-}
-
-// proofs remembers the proofs that were used, for as long as they could be used
-// again. It is safe for concurrent use; of 64 locks a request takes one.
-type proofs struct {
-	since  time.Time // of what was used before nothing is known; zero: nothing was
-	shards [proofShards]proofShard
-}
-
-type proofShard struct {
-	mu    sync.Mutex
-	used  map[[16]byte]usedProof // by the start of the id
-	byKey map[[16]byte]int       // how many, by the start of the thumbprint
-	swept int64
-}
-
-type usedProof struct {
-	key   [16]byte
-	until int64 // Unix seconds
-}
-
-func newProofs(since time.Time) *proofs {
-	p := &proofs{since: since}
-	for i := range p.shards {
-		p.shards[i].used, p.shards[i].byKey = map[[16]byte]usedProof{}, map[[16]byte]int{}
-	}
-	return p
-}
-
-// use notes a proof of a key, in one step with the look whether it was used
-// before.
-func (p *proofs) use(id, key *[sha256.Size]byte, until, now time.Time) (flow.Reason, error) {
-	// Of whole seconds, as proofs are: within the first one nothing is known
-	// of what was used just before.
-	if !p.since.IsZero() && until.Add(-MaxProofAge).Unix() < p.since.Unix() {
-		return flow.ReasonProofStale, errProofBefore
-	}
-	s := &p.shards[binary.BigEndian.Uint16(id[16:])%proofShards]
-	i, k := [16]byte(id[:16]), [16]byte(key[:16])
-	at := now.Unix()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	before, used := s.used[i]
-	if used && before.until >= at {
-		return flow.ReasonProofReplayed, errProofTwice
-	}
-	if used {
-		s.forget(i, before)
-	}
-	err := s.room(k)
-	if err != nil && s.swept != at {
-		s.sweep(at)
-		err = s.room(k)
-	}
-	if err != nil {
-		return flow.ReasonOverload, err
-	}
-	s.used[i] = usedProof{k, until.Unix() + 1}
-	s.byKey[k]++
-	return flow.ReasonOK, nil
-}
-
-// room says why there is none for another proof of a key.
-func (s *proofShard) room(key [16]byte) error {
-	switch {
-	case len(s.used) >= maxShard:
-		return errProofsFull
-	case len(s.used) >= maxShard/2 && s.byKey[key] >= proofShare:
-		return errProofsOfKey
-	}
-	return nil
-}
-
-func (s *proofShard) sweep(at int64) {
-	s.swept = at
-	for i, u := range s.used {
-		if u.until < at {
-			s.forget(i, u)
-		}
-	}
-}
-
-func (s *proofShard) forget(id [16]byte, u usedProof) {
-	delete(s.used, id)
-	if s.byKey[u.key]--; s.byKey[u.key] <= 0 {
-		delete(s.byKey, u.key)
-	}
-}
-
-// Proofs is how many used proofs are remembered.
-func (v *Verifier) Proofs() int {
-	n := 0
-	for i := range v.proofs.shards {
-		s := &v.proofs.shards[i]
-		s.mu.Lock()
-		n += len(s.used)
-		s.mu.Unlock()
-	}
-	return n
 }

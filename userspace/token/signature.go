@@ -54,7 +54,7 @@ type signature struct {
 
 // signed says whether the request bears a signature by the key of a token (RFC
 // 7800 section 3.2), over all that decides.
-func (p *Proof) signed(k *key, thumbprint *[sha256.Size]byte, used *proofs, now time.Time) (flow.Reason, error) {
+func (p *Proof) signed(k *key, thumbprint *[sha256.Size]byte, used *Proofs, now time.Time) (flow.Reason, error) {
 	if p == nil || p.Request == nil {
 		return flow.ReasonTokenProof, errProof
 	}
@@ -117,7 +117,7 @@ func (p *Proof) verifySignature(k *key, now time.Time) (flow.Reason, error) {
 		return flow.ReasonSignatureMalformed, errSignatureNoNonce
 	}
 	created := time.Unix(s.created, 0)
-	if created.Before(now.Add(-MaxProofAge)) || created.After(now.Add(leeway)) || s.expires != 0 && s.expires <= now.Unix() {
+	if created.Before(now.Add(-MaxProofAge)) || created.After(now.Add(MaxProofLead)) || s.expires != 0 && s.expires <= now.Unix() {
 		return flow.ReasonSignatureStale, errSignatureAge
 	}
 	if hasContent(p.Request) && !digested(p.Request) {

@@ -171,7 +171,7 @@ func TestSignature(t *testing.T) {
 		{"content that is cut", good(func(r *flow.Request) { r.ContentLength++ }), flow.ReasonSignatureDigest},
 		{"content that is not there", good(func(r *flow.Request) { r.Body = nil }), flow.ReasonSignatureDigest},
 		{"too old", by(client, "sig1="+allCovered+fmt.Sprintf(`;created=%d;nonce="x"`, now.Add(-MaxProofAge-2*time.Second).Unix()), nil), flow.ReasonSignatureStale},
-		{"of the future", by(client, "sig1="+allCovered+fmt.Sprintf(`;created=%d;nonce="x"`, now.Add(leeway+2*time.Second).Unix()), nil), flow.ReasonSignatureStale},
+		{"of the future", by(client, "sig1="+allCovered+fmt.Sprintf(`;created=%d;nonce="x"`, now.Add(MaxProofLead+2*time.Second).Unix()), nil), flow.ReasonSignatureStale},
 		{"expired", by(client, "sig1="+allCovered+params()+fmt.Sprintf(`;expires=%d`, now.Unix()-1), nil), flow.ReasonSignatureStale},
 	} {
 		t.Run(c.name, func(t *testing.T) {

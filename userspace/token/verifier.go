@@ -80,11 +80,9 @@ type Options struct {
 	// CacheEntries and CacheBytes bound the cache; 0: 32768 and 64 MiB.
 	CacheEntries int
 	CacheBytes   int64
-	// Began is when the process did that remembers which proofs were used;
-	// proofs of before are refused. Zero: there were none.
-	Began time.Time
-	Log   *slog.Logger     // nil: none
-	Now   func() time.Time // nil: time.Now
+	Proofs       *Proofs          // that were used; nil: none before
+	Log          *slog.Logger     // nil: none
+	Now          func() time.Time // nil: time.Now
 }
 
 // RefreshInterval is the least time between two requests for an issuer's keys.
@@ -98,7 +96,7 @@ type Verifier struct {
 	cache   cache
 	issuers atomic.Pointer[map[string]*issuer]
 	revoked atomic.Pointer[revocations]
-	proofs  *proofs
+	proofs  *Proofs
 	mu      sync.Mutex // of those who set issuers and keys
 }
 
@@ -125,7 +123,10 @@ func New(opt Options) *Verifier {
 	if opt.Now == nil {
 		opt.Now = time.Now
 	}
-	v := &Verifier{opt: opt, log: opt.Log, proofs: newProofs(opt.Began)}
+	v := &Verifier{opt: opt, log: opt.Log, proofs: opt.Proofs}
+	if v.proofs == nil {
+		v.proofs = NewProofs(time.Time{})
+	}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}

@@ -16,6 +16,9 @@ import (
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
+	"golang.org/x/sys/unix"
+
+	"github.com/sallyport-dev/sallyport/agent/control/controlpb"
 )
 
 // TestDPoP: who calls without a certificate of ours proves a key with each
@@ -85,13 +88,15 @@ spec: {issuer: "`+issuerURL+`", jwks: {file: "`+n.path("jwks.json")+`"}, algorit
 		}
 		return code(t, "", far, webURL+"/files/hello", args...)
 	}
-	first := proof("p1", "GET")
+	// What a node has never kept it does not know to be unused: proofs of its
+	// first seconds are refused.
 	eventually(t, "the call to get through", func() string {
 		if got := get("DPoP", proof(time.Now().String(), "GET")); got != "200" {
 			return got
 		}
 		return ""
 	})
+	first := proof("p1", "GET")
 	for _, c := range []struct{ what, scheme, proof, want string }{
 		{"the first proof", "DPoP", first, "200"}, {"the same again", "DPoP", first, "401 dpop_replayed"}, {"another", "DPoP", proof("p2", "GET"), "200"},
 		{"for another method", "DPoP", proof("p3", "HEAD"), "401 dpop_mismatch"}, {"none", "DPoP", "", "401 dpop_missing"},
@@ -100,6 +105,31 @@ spec: {issuer: "`+issuerURL+`", jwks: {file: "`+n.path("jwks.json")+`"}, algorit
 		if got := get(c.scheme, c.proof); got != c.want {
 			t.Errorf("%s: %s, want %s", c.what, got, c.want)
 		}
+	}
+	// The process that remembers is killed.
+	last := proof("p5", "GET")
+	if got := get("DPoP", last); got != "200" {
+		t.Errorf("before the kill: %s", got)
+	}
+	pid := n.userspacePID()
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	n.await("run another", func(s *controlpb.StatusReply) bool {
+		return s.GetUserspace().GetReady() && int(s.GetUserspace().GetPid()) != pid && s.GetReady()
+	})
+	got := ""
+	eventually(t, "an answer to what was used before the kill", func() string { // the issuer's keys come again
+		if got = get("DPoP", last); !strings.HasPrefix(got, "401 dpop_") {
+			return got
+		}
+		return ""
+	})
+	if got != "401 dpop_replayed" {
+		t.Errorf("what was used before the kill: %s", got)
+	}
+	if got := get("DPoP", proof("p6", "GET")); got != "200" {
+		t.Errorf("another after the kill: %s", got)
 	}
 	for _, f := range []string{"decisions.json", "agent.log"} {
 		if b, err := os.ReadFile(n.path(f)); err != nil || strings.Contains(string(b), strings.Split(token, ".")[2]) || strings.Contains(string(b), strings.Split(first, ".")[2]) {
