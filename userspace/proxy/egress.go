@@ -304,11 +304,11 @@ func (c *call) watchOutside(to *outside) bool {
 
 // recheckOutside ends one that a new connection would not become any more.
 func (c *call) recheckOutside(t *netloop.Task, serial uint64) {
-	to := c.outside
+	to, nobodys := c.outside, c.targetID == "" && c.p.view.Load().claimed(c.dst) == nil
 	switch {
-	case !c.enforced(), c.target == nil && egress(c.src, c.dst):
+	case !c.enforced(), nobodys && egress(c.src, c.dst):
 		return
-	case c.target == nil && to.host != "" && verifiesHost(c.src, to.host, c.dst.Port()):
+	case nobodys && to.host != "" && verifiesHost(c.src, to.host, c.dst.Port()):
 		if to.proven {
 			return
 		}

@@ -367,6 +367,36 @@ func TestEgressAuditToEnforce(t *testing.T) {
 	})
 }
 
+// TestEgressClaimed holds that a connection to nobody's address ends once that
+// is somebody's.
+func TestEgressClaimed(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := oneNode(t, nodeOptions{goroutines: goroutines, plan: plan(t, "enforce")})
+		n.raw(echo, 6000)
+		c := dialTCP(t, n.out(clientNumber, serverPort(6000)))
+		say := func() error {
+			_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+			if _, err := c.Write([]byte("x")); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(c, make([]byte, 1))
+			return err
+		}
+		if err := say(); err != nil {
+			t.Fatal(err)
+		}
+		n.proxy.SetPlan(plan(t, "enforce"), 2)
+		if err := say(); err != nil {
+			t.Errorf("the same rules again: %v", err)
+		}
+		n.proxy.SetPlan(changed(t, `"10.0.2.1:99"]`, `"10.0.2.1:99", "10.0.2.1:6000"]`), 3)
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("it goes on: %v", err)
+		}
+		n.recorded(flow.ReasonPolicyChanged)
+	})
+}
+
 // TestEgressBesideBounded holds that a host which says nothing has few wait to
 // tell of it.
 func TestEgressBesideBounded(t *testing.T) {
