@@ -494,15 +494,10 @@ func TestSocketsMadeBeforeAreAdopted(t *testing.T) {
 // TCP alone, and that nothing goes past it.
 func TestEgressByProxy(t *testing.T) {
 	n := newNode(t, flow.ModeEnforce)
-	n.watch(t, "lo", "eth0")
 	outbound, _ := n.listenAll(t)
-	must(t, n.SetIdentity(n.clientCgroup.ID, Identity{clientNumber, flow.ModeEnforce, FlagEgressDeny}))
-	to := netip.MustParseAddrPort("192.0.2.10:9999")
+	to := n.leavesByProxy(t)
 	server, err := n.server.Listen(to)
 	must(t, err)
-	host := netip.PrefixFrom(to.Addr(), 32)
-	must(t, n.AllowEgress(EgressRule{clientNumber, host, 9999, unix.IPPROTO_TCP}, EgressProxy))
-	must(t, n.AllowEgress(EgressRule{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_TCP}, EgressLeave)) // less exact
 	c, err := n.client.Dial(to)
 	must(t, err)
 	s, peer, err := outbound[4].Accept()
@@ -516,15 +511,34 @@ func TestEgressByProxy(t *testing.T) {
 	must(t, c.Close())
 	must(t, s.Close())
 	nothingAccepted(t, server, "the host")
-	must(t, n.AllowEgress(EgressRule{clientNumber, host, 9999, unix.IPPROTO_UDP}, EgressProxy))
+	must(t, n.AllowEgress(EgressRule{clientNumber, netip.PrefixFrom(to.Addr(), 32), to.Port(), unix.IPPROTO_UDP}, EgressProxy))
 	u, err := n.client.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
 	must(t, err)
 	if err := u.Connect(to); !errors.Is(err, unix.EPERM) {
 		t.Errorf("UDP: %v", err)
 	}
-	// A SYN that connect never saw.
+}
+
+// leavesByProxy lets the client leave to an address by the proxy.
+func (n *node) leavesByProxy(t *testing.T) netip.AddrPort {
+	t.Helper()
+	must(t, n.SetIdentity(n.clientCgroup.ID, Identity{clientNumber, flow.ModeEnforce, FlagEgressDeny}))
+	to := netip.MustParseAddrPort("192.0.2.10:9999")
+	must(t, n.AllowEgress(EgressRule{clientNumber, netip.PrefixFrom(to.Addr(), 32), to.Port(), unix.IPPROTO_TCP}, EgressProxy))
+	must(t, n.AllowEgress(EgressRule{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), to.Port(), unix.IPPROTO_TCP}, EgressLeave)) // less exact
+	return to
+}
+
+// TestBackstopOfEgressByProxy holds that a SYN which connect never saw does not
+// go past the proxy.
+func TestBackstopOfEgressByProxy(t *testing.T) {
+	n := newNode(t, flow.ModeEnforce)
+	n.watch(t, "lo", "eth0")
+	to := n.leavesByProxy(t)
+	_, err := n.server.Listen(to)
+	must(t, err)
 	n.detach(t, "connect4")
-	s, err = n.client.TCP(to)
+	s, err := n.client.TCP(to)
 	must(t, err)
 	must(t, s.SetTimeout(200*time.Millisecond))
 	if err := s.Connect(to); !errors.Is(err, unix.EINPROGRESS) {

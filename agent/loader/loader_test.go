@@ -300,6 +300,7 @@ func TestNothingLeaks(t *testing.T) {
 	cycle := func() {
 		k, err := Open(o)
 		must(t, err)
+		defer k.Close() //nolint:errcheck // of one that gives up
 		must(t, k.AttachNetns(int(n.File.Fd()), n.Cookie))
 		must(t, k.AttachInterface(Interface{NetnsFD: int(n.File.Fd()), Index: 1, Cookie: n.Cookie}))
 		must(t, k.Adopt())
