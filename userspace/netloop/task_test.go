@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -494,12 +495,19 @@ func TestCloseEndsEverything(t *testing.T) {
 				return t.Sleep(time.Hour)
 			},
 		}
+		var begun atomic.Int32 // one that has not begun at Close never does
 		for _, f := range park {
-			b.Go(func(t *netloop.Task) { errs <- f(t) })
+			b.Go(func(t *netloop.Task) {
+				begun.Add(1)
+				errs <- f(t)
+			})
 		}
 		c, stalled := b.handled(func(_ *netloop.Task, c *netloop.Conn) error { return stall(c) })
 		// Seven tasks, the writer and three of echo; one connection is not made; a relay may have a second task.
-		eventually(t, "all are parked", func() bool { s := b.Stats(); return s.Tasks >= len(park)+4 && s.Conns == 8 })
+		eventually(t, "all are parked", func() bool {
+			s := b.Stats()
+			return int(begun.Load()) == len(park) && s.Tasks >= len(park)+4 && s.Conns == 8
+		})
 		if err := b.Close(); err != nil {
 			t.Error(err)
 		}
