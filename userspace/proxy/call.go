@@ -498,14 +498,21 @@ func (c *call) deny(whole bool) bool {
 
 // linger ends the sending side and reads on for a moment: closing at once,
 // with bytes unread, would reset the connection and take the answer away.
-func (c *call) linger() {
-	const most = 256 << 10
+func (c *call) linger() { c.readOn(256<<10, time.Second, time.Second) }
+
+// lingerOn is linger for a client whose request was allowed and answered before
+// all of it had come: it may go on sending, as it would to the application.
+func (c *call) lingerOn() { c.readOn(64<<20, 5*time.Second, 30*time.Second) }
+
+// readOn reads at most so many bytes, for pauses of idle and altogether limit.
+func (c *call) readOn(most int, idle, limit time.Duration) {
 	if c.client.CloseWrite() != nil {
 		return
 	}
-	_ = c.client.SetReadDeadline(time.Now().Add(time.Second))
+	end := time.Now().Add(limit)
 	c.getBuffer()
 	for read := 0; read < most; {
+		_ = c.client.SetReadDeadline(earlier(end, time.Now().Add(idle)))
 		n, err := c.client.Read(c.buf)
 		if err != nil {
 			return

@@ -749,6 +749,40 @@ func TestNginxAndCurl(t *testing.T) {
 	})
 }
 
+// TestAnsweredEarly holds that a client which is answered before it has sent all
+// may send the rest.
+func TestAnsweredEarly(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		app.raw(func(c *net.TCPConn) {
+			_, _ = http.ReadRequest(bufio.NewReader(c))
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+			_, _ = io.Copy(io.Discard, c)
+		}, 80)
+		const length = 8 << 20
+		c := dialTCP(t, in.out(clientNumber, serverPort(80)))
+		if _, err := fmt.Fprintf(c, "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\nx", length); err != nil {
+			t.Fatal(err)
+		}
+		from := bufio.NewReader(c)
+		resp, err := http.ReadResponse(from, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, err := io.ReadAll(resp.Body); err != nil || string(body) != "ok" || !resp.Close {
+			t.Errorf("%q %v, close %v", body, err, resp.Close)
+		}
+		if _, err := c.Write(make([]byte, length-1)); err != nil {
+			t.Errorf("the rest: %v", err)
+		}
+		if err := c.CloseWrite(); err != nil {
+			t.Error(err)
+		}
+		if n, err := from.Read(make([]byte, 1)); n > 0 || !errors.Is(err, io.EOF) {
+			t.Errorf("at the end: %d %v", n, err)
+		}
+	})
+}
+
 // startNginx runs nginx as an application and returns where.
 func startNginx(t testing.TB, large []byte, listen ...string) string {
 	t.Helper()

@@ -347,14 +347,17 @@ func (c *call) exchange() bool {
 		c.relayRest()
 		return false
 	}
-	if c.pumping {
+	early := c.pumping
+	if early {
 		keep = false
 		c.stopPump()
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		return false
-	}
-	if !keep {
+	case early:
+		c.lingerOn()
+	case !keep:
 		c.linger()
 	}
 	return keep
