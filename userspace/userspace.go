@@ -146,18 +146,18 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 
 func (p *process) open(ctx context.Context) error {
 	var err error
-	p.proofs, err = token.OpenProofs(filepath.Join(p.start.GetStateDir(), "proofs"), p.boot, time.Now())
+	openCtx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	p.proofs, err = token.OpenProofs(openCtx, filepath.Join(p.start.GetStateDir(), "proofs"), p.boot, time.Now())
 	if err != nil {
-		// Those of before now are refused.
-		p.log.Error("used proofs are not kept", "err", err)
-		p.proofs = token.NewProofs(time.Now())
+		// Everything else works; what needs a proof is denied.
+		p.log.Error("used proofs not opened", "err", err)
+		p.proofs = token.UnavailableProofs(err)
 	}
 	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Introspect: p.introspect, Proofs: p.proofs, Log: p.log})
 	p.verifier = identity.NewVerifier(identity.VerifierOptions{})
 	p.leaves = identity.NewLeaves(identity.LeavesOptions{Sign: p.sign, Log: p.log})
 	p.obtained = obtain.New(obtain.Options{Leaves: p.leaves, Dial: p.dialIssuer, Roots: p.roots, Log: p.log})
-	openCtx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
 	p.relations, err = relation.Open(openCtx, relation.Options{
 		StateDir: p.start.GetStateDir(), Dial: p.dialEngine, Roots: p.roots,
 		Changed: func(model string) {

@@ -583,9 +583,11 @@ func TestPolicyChange(t *testing.T) {
 // when a new plan does not allow its request, and goes on when it does.
 func TestPolicyChangeInResponse(t *testing.T) {
 	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
-		next := make(chan struct{})
+		begun := make(chan chan struct{}, 1) // each response's own: one that was cut may not know yet
 		app.app(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			_, _ = io.ReadAll(r.Body)
+			next := make(chan struct{})
+			begun <- next
 			for {
 				io.WriteString(w, "tick")
 				w.(http.Flusher).Flush()
@@ -613,6 +615,7 @@ func TestPolicyChangeInResponse(t *testing.T) {
 				_, err := io.ReadFull(resp.Body, make([]byte, 4))
 				return err
 			}
+			next := <-begun
 			for range 2 { // the second registers it
 				if err := tick(); err != nil {
 					t.Fatal(err)

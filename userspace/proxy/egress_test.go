@@ -308,6 +308,26 @@ func TestEgressVerifiedBesideInAudit(t *testing.T) {
 	})
 }
 
+// say sends a word to a server that sends it back.
+func say(c net.Conn) error {
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := c.Write([]byte("word")); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, make([]byte, 4))
+	return err
+}
+
+// cut waits until a connection is ended by a change of the policies.
+func (n *node) cut(t *testing.T, c net.Conn) {
+	t.Helper()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it goes on: %v", err)
+	}
+	n.recorded(flow.ReasonPolicyChanged)
+}
+
 // TestEgressAuditToEnforce holds that what audit let pass ends once it is
 // enforced, unless it would pass then.
 func TestEgressAuditToEnforce(t *testing.T) {
@@ -315,14 +335,6 @@ func TestEgressAuditToEnforce(t *testing.T) {
 	_, otherRoots := hostCertificate(t, partner, time.Now().Add(time.Hour))
 	const before = "mode: enforce, mayCall: [server], egress: [{cidr: 10.0.2.0/24, ports: [6000]}]"
 	enforced := changed(t, before, "mode: enforce, mayCall: [server], egress: [{host: "+partner+", ports: [6000], tls: verify}]")
-	say := func(c net.Conn) error {
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-		if _, err := c.Write([]byte("word")); err != nil {
-			return err
-		}
-		_, err := io.ReadFull(c, make([]byte, 4))
-		return err
-	}
 	eachEngine(t, func(t *testing.T, goroutines bool) {
 		for _, to := range []struct {
 			name  string
@@ -341,11 +353,7 @@ func TestEgressAuditToEnforce(t *testing.T) {
 				}
 				n.proxy.SetPlan(plan(t, "enforce"), 3)
 			}
-			_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-			if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Errorf("%s: it goes on: %v", to.name, err)
-			}
-			n.recorded(flow.ReasonPolicyChanged)
+			n.cut(t, c)
 		}
 		// One that nothing verifies, and that enforce does not list.
 		n := newPartnered(t, goroutines, "audit", good, roots)
@@ -359,11 +367,7 @@ func TestEgressAuditToEnforce(t *testing.T) {
 			t.Fatal(err)
 		}
 		n.proxy.SetPlan(enforced, 2)
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("it goes on: %v", err)
-		}
-		n.recorded(flow.ReasonPolicyChanged)
+		n.cut(t, c)
 	})
 }
 
@@ -374,26 +378,15 @@ func TestEgressClaimed(t *testing.T) {
 		n := oneNode(t, nodeOptions{goroutines: goroutines, plan: plan(t, "enforce")})
 		n.raw(echo, 6000)
 		c := dialTCP(t, n.out(clientNumber, serverPort(6000)))
-		say := func() error {
-			_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-			if _, err := c.Write([]byte("x")); err != nil {
-				return err
-			}
-			_, err := io.ReadFull(c, make([]byte, 1))
-			return err
-		}
-		if err := say(); err != nil {
+		if err := say(c); err != nil {
 			t.Fatal(err)
 		}
 		n.proxy.SetPlan(plan(t, "enforce"), 2)
-		if err := say(); err != nil {
+		if err := say(c); err != nil {
 			t.Errorf("the same rules again: %v", err)
 		}
 		n.proxy.SetPlan(changed(t, `"10.0.2.1:99"]`, `"10.0.2.1:99", "10.0.2.1:6000"]`), 3)
-		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("it goes on: %v", err)
-		}
-		n.recorded(flow.ReasonPolicyChanged)
+		n.cut(t, c)
 	})
 }
 
@@ -406,27 +399,51 @@ func TestEgressBesideBounded(t *testing.T) {
 		n := newPartnered(t, goroutines, "audit", good, roots, func(c *tls.Config) {
 			c.NextProtos = []string{"own"}
 			c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
-				if len(h.SupportedProtos) == 0 {
-					<-answer
+				if len(h.SupportedProtos) > 0 {
+					return nil, nil
 				}
-				return nil, nil
+				<-answer
+				return nil, errors.New("no")
 			}
 		})
-		before := n.engine.Stats().Tasks
-		const most = 8 * maxBeside
-		for range most {
+		connect := func() {
+			t.Helper()
 			c := tls.Client(dialTCP(t, n.addr), &tls.Config{ServerName: partner, InsecureSkipVerify: true, NextProtos: []string{"own"}})
 			if err := c.Handshake(); err != nil {
 				t.Fatal(err)
 			}
 			c.Close()
 		}
-		for late := time.Now().Add(20 * time.Second); n.engine.Stats().Tasks > before+maxBeside; time.Sleep(time.Millisecond) {
-			if time.Now().After(late) {
-				t.Fatalf("%d tasks, %d before", n.engine.Stats().Tasks, before)
-			}
+		for range 8 * maxBeside {
+			connect()
 		}
 		close(answer)
+		told := 0
+		until := func(want int) {
+			t.Helper()
+			for late := time.After(20 * time.Second); told < want; {
+				for _, r := range n.records() {
+					if r.Reason == flow.ReasonEgressCertificate {
+						told++
+					}
+				}
+				if told >= want {
+					return
+				}
+				select {
+				case <-n.pipeline.Wake():
+				case <-late:
+					t.Fatalf("told of %d, want %d", told, want)
+				}
+			}
+		}
+		until(maxBeside)
+		// What is known now is told by the connection itself, after all who waited.
+		connect()
+		until(maxBeside + 1)
+		if told != maxBeside+1 {
+			t.Errorf("%d waited to tell of it", told-1)
+		}
 	})
 }
 

@@ -116,7 +116,7 @@ func (g *presenter) begin(t *netloop.Task, m *tunnel.Session, deadline time.Time
 		return
 	}
 	g.running = true
-	if g.give(t, earlier(deadline, time.Now().Add(obtainWait))) != nil {
+	if g.give(t, deadline) != nil {
 		g.changed = true
 	}
 	t.Go(g.run)
@@ -141,7 +141,7 @@ func (g *presenter) run(t *netloop.Task) {
 	told := ""
 	for wait := presentAgain; g.changed && !g.m.Over(); {
 		g.changed = false
-		err := g.give(t, time.Now().Add(obtainWait))
+		err := g.give(t, time.Now().Add(2*obtainWait))
 		if err == nil {
 			wait, told = presentAgain, ""
 			continue
@@ -166,14 +166,14 @@ func (g *presenter) run(t *netloop.Task) {
 
 // give presents what there is, once there can be something.
 func (g *presenter) give(t *netloop.Task, deadline time.Time) error {
-	g.p.awaitToken(t, g.id, g.to, deadline)
+	g.p.awaitToken(t, g.id, g.to, earlier(deadline, time.Now().Add(obtainWait)))
 	list := g.p.opt.Obtained.All(g.id, g.to)
 	if len(list) == 0 && !g.given {
 		return nil
 	}
 	// Whether it has got there is not known where it fails.
 	g.given = true
-	if err := g.m.Present(t, appendTokens(nil, list[max(0, len(list)-maxPresented):]), time.Now().Add(obtainWait)); err != nil {
+	if err := g.m.Present(t, appendTokens(nil, list[max(0, len(list)-maxPresented):]), earlier(deadline, time.Now().Add(obtainWait))); err != nil {
 		return err
 	}
 	g.given = len(list) > 0

@@ -17,7 +17,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/openfga/openfga/pkg/logger"
@@ -28,6 +27,7 @@ import (
 	"github.com/openfga/openfga/pkg/storage/sqlite"
 
 	"github.com/sallyport-dev/sallyport/policies/relations"
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 // Built says whether the relation engine is part of this binary.
@@ -35,7 +35,6 @@ const Built = relations.Built
 
 const (
 	storeFile = "relation.db"
-	lockWait  = 2 * time.Second
 	// maxConnections to the store, of at most 256 KiB of cache each. One
 	// question has been seen to hold 25.
 	maxConnections = 512
@@ -97,7 +96,8 @@ var migrations sync.Mutex
 func Open(ctx context.Context, opt Options) (*Engine, error) {
 	opt.defaults()
 	path := filepath.Join(opt.StateDir, storeFile)
-	lock, err := lockStore(ctx, path+".lock")
+	// What another process wrote would not void our answers.
+	lock, err := statefile.Hold(ctx, path+".lock")
 	if err != nil {
 		return nil, fmt.Errorf("lock relation store %s: %w", path, err)
 	}
@@ -158,28 +158,6 @@ func newServer(store storage.OpenFGADatastore, opt Options) (*server.Server, err
 		server.WithCheckQueryCacheEnabled(true),
 		server.WithCheckQueryCacheTTL(engineTTL),
 	)
-}
-
-// lockStore makes the store this process's own: what another one wrote would
-// not void our answers. One that is just ending is waited for.
-func lockStore(ctx context.Context, path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, lockWait)
-	defer cancel()
-	for {
-		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
-			return f, nil
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("another process has it open: %w", err)
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
 }
 
 // openStore opens the sqlite file, readable by us alone, checks it and brings

@@ -244,16 +244,6 @@ func (r *remote) look(ctx context.Context, m *model) error {
 	return fmt.Errorf("look for its store: %w", err)
 }
 
-// storesError says that none or several stores have the name.
-type storesError struct {
-	n    int
-	name string
-}
-
-func (e *storesError) Error() string {
-	return fmt.Sprintf("find its store: %d are named %q", e.n, e.name)
-}
-
 // store returns the ID of the store that has the name.
 func (r *remote) store(ctx context.Context) (string, error) {
 	found, err := r.client.ListStores(ctx, &openfgav1.ListStoresRequest{Name: r.spec.Remote.Store, PageSize: wrapperspb.Int32(2)})
@@ -261,7 +251,7 @@ func (r *remote) store(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("find its store: %w", err)
 	}
 	if n := len(found.GetStores()); n != 1 {
-		return "", &storesError{n, r.spec.Remote.Store}
+		return "", fmt.Errorf("find its store: %d are named %q", n, r.spec.Remote.Store)
 	}
 	return found.GetStores()[0].GetId(), nil
 }

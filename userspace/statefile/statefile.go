@@ -6,6 +6,7 @@
 package statefile
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 )
 
 // MakeDir makes a directory of mode 0700, with its parents, and refuses one
@@ -148,6 +150,32 @@ func Exists(path string) (bool, error) {
 		return false, nil
 	}
 	return false, fmt.Errorf("look for %s: %w", path, err)
+}
+
+// holdWait is how long a process that is just ending may keep a file.
+const holdWait = 2 * time.Second
+
+// Hold opens a file of mode 0600, made where there is none, as this process's
+// own until it is closed. Another process that has it is waited for a little,
+// as it may be ending.
+func Hold(ctx context.Context, path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, holdWait)
+	defer cancel()
+	for {
+		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			return f, nil
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("another process has it open: %w", err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // Lock waits until no other holder, of this process or another, has the lock

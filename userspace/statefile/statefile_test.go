@@ -4,6 +4,7 @@ package statefile
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
 	"sync"
@@ -127,6 +128,31 @@ func TestOwner(t *testing.T) {
 		if st := info.Sys().(*syscall.Stat_t); st.Uid != 65534 || st.Gid != 65534 {
 			t.Errorf("%s belongs to %d:%d", name, st.Uid, st.Gid)
 		}
+	}
+}
+
+func TestHold(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "held")
+	f, err := Hold(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if _, err := Hold(ended, path); err == nil {
+		t.Error("two hold it")
+	}
+	go f.Close() // one that is ending is waited for
+	again, err := Hold(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Close()
+	if err := os.Symlink(path, path+"2"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Hold(t.Context(), path+"2"); err == nil {
+		t.Error("a link is followed")
 	}
 }
 

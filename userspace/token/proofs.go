@@ -3,16 +3,17 @@
 package token
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/statefile"
 )
 
 const (
@@ -41,6 +42,7 @@ var (
 type Proofs struct {
 	since  time.Time // of what was used before nothing is known (with the monotonic clock); zero: nothing was
 	file   *os.File  // nil: in memory alone
+	broken error     // why none can be remembered, nil if they can
 	shards [proofShards]proofShard
 }
 
@@ -59,10 +61,9 @@ type usedProof struct {
 	place int   // of maxShard in the file
 }
 
-// NewProofs remembers in memory. Nothing is known of what was used before
-// since, so that proofs of before are refused; zero: nothing was.
-func NewProofs(since time.Time) *Proofs {
-	p := &Proofs{since: since}
+// NewProofs remembers in memory; nothing was used before.
+func NewProofs() *Proofs {
+	p := &Proofs{}
 	for i := range p.shards {
 		p.shards[i].used, p.shards[i].byKey = map[[16]byte]usedProof{}, map[[16]byte]int{}
 	}
@@ -71,14 +72,15 @@ func NewProofs(since time.Time) *Proofs {
 
 // OpenProofs remembers in a file too, so that a process which ends in any way
 // and begins again knows what was used. What another boot of the machine left
-// may not be all. The file is this process's as long as it lives.
-func OpenProofs(path, boot string, now time.Time) (*Proofs, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+// may not be all: then, and where there is no file, proofs of before now are
+// refused. The file is this process's until Close.
+func OpenProofs(ctx context.Context, path, boot string, now time.Time) (*Proofs, error) {
+	f, err := statefile.Hold(ctx, path)
 	if err != nil {
-		return nil, fmt.Errorf("open used proofs: %w", err)
+		return nil, fmt.Errorf("open used proofs %s: %w", path, err)
 	}
-	p := NewProofs(now)
-	p.file = f
+	p := NewProofs()
+	p.since, p.file = now, f
 	if err := p.begin(sha256.Sum256([]byte(boot)), now); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("open used proofs %s: %w", path, err)
@@ -86,10 +88,15 @@ func OpenProofs(path, boot string, now time.Time) (*Proofs, error) {
 	return p, nil
 }
 
+// UnavailableProofs takes no proof, because of err: one that is taken and not
+// written down could be used again in the next process.
+func UnavailableProofs(err error) *Proofs {
+	p := NewProofs()
+	p.broken = err
+	return p
+}
+
 func (p *Proofs) begin(boot [sha256.Size]byte, now time.Time) error {
-	if err := syscall.Flock(int(p.file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		return fmt.Errorf("another process has it: %w", err)
-	}
 	info, err := p.file.Stat()
 	if err != nil {
 		return err
@@ -121,7 +128,7 @@ func (p *Proofs) begin(boot [sha256.Size]byte, now time.Time) error {
 // read takes over what can be used again.
 func (p *Proofs) read(now time.Time) error {
 	b := make([]byte, maxShard*proofEntry)
-	at, last := now.Unix(), now.Add(MaxProofAge+MaxProofLead).Unix()+1
+	at := now.Unix()
 	for i := range p.shards {
 		if _, err := p.file.ReadAt(b, offset(i, 0)); err != nil {
 			return err
@@ -131,7 +138,7 @@ func (p *Proofs) read(now time.Time) error {
 			e := b[place*proofEntry:][:proofEntry]
 			u := usedProof{[16]byte(e[16:32]), int64(binary.LittleEndian.Uint64(e[32:])), place}
 			id := [16]byte(e)
-			if _, twice := s.used[id]; twice || u.until < at || u.until > last {
+			if _, twice := s.used[id]; twice || u.until < at {
 				continue
 			}
 			for ; s.next < place; s.next++ {
@@ -160,6 +167,9 @@ func (p *Proofs) Close() error {
 // use notes a proof of a key, in one step with the look whether it was used
 // before.
 func (p *Proofs) use(id, key *[sha256.Size]byte, until, now time.Time) (flow.Reason, error) {
+	if p.broken != nil {
+		return flow.ReasonOverload, fmt.Errorf("used proofs cannot be noted: %w", p.broken)
+	}
 	if p.before(until.Add(-MaxProofAge), now) {
 		return flow.ReasonProofStale, errProofBefore
 	}
@@ -189,7 +199,7 @@ func (p *Proofs) use(id, key *[sha256.Size]byte, until, now time.Time) (flow.Rea
 	s.byKey[k]++
 	if err := p.write(n, i, u); err != nil {
 		s.forget(i, u)
-		return flow.ReasonOverload, fmt.Errorf("a used proof cannot be noted: %w", err)
+		return flow.ReasonOverload, fmt.Errorf("used proofs cannot be noted: %w", err)
 	}
 	return flow.ReasonOK, nil
 }

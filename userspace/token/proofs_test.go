@@ -3,6 +3,7 @@
 package token
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -17,7 +18,7 @@ import (
 
 // TestProofs holds what is remembered, and what happens when it is too much.
 func TestProofs(t *testing.T) {
-	p, now := NewProofs(time.Time{}), time.Now()
+	p, now := NewProofs(), time.Now()
 	id := func(n int) *[32]byte {
 		s := sha256.Sum256([]byte(fmt.Sprint(n)))
 		return &s
@@ -63,7 +64,7 @@ func TestProofs(t *testing.T) {
 // TestProofsOfOneKey holds that a key that makes any number of proofs keeps no
 // other out.
 func TestProofsOfOneKey(t *testing.T) {
-	p, now := NewProofs(time.Time{}), time.Now()
+	p, now := NewProofs(), time.Now()
 	use := func(key, n int) flow.Reason {
 		k, id := sha256.Sum256([]byte{byte(key)}), sha256.Sum256(fmt.Appendf(nil, "%d %d", key, n))
 		reason, _ := p.use(&id, &k, now.Add(time.Minute), now)
@@ -108,7 +109,8 @@ func TestProofsOfOneKey(t *testing.T) {
 // anything was remembered, for as long as it could be used again.
 func TestProofOfBefore(t *testing.T) {
 	began := time.Unix(1_800_000_000, 900e6)
-	p, key := NewProofs(began), &[32]byte{1}
+	p, key := NewProofs(), &[32]byte{1}
+	p.since = began
 	n := byte(0)
 	for _, c := range []struct {
 		issued, now time.Duration // after the beginning
@@ -136,7 +138,7 @@ func TestProofsOutlive(t *testing.T) {
 	}
 	open := func(boot string, now time.Time) *Proofs {
 		t.Helper()
-		p, err := OpenProofs(path, boot, now)
+		p, err := OpenProofs(t.Context(), path, boot, now)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -154,7 +156,9 @@ func TestProofsOutlive(t *testing.T) {
 			t.Fatalf("%d: %q", i, reason)
 		}
 	}
-	if _, err := OpenProofs(path, "a", now); err == nil {
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if _, err := OpenProofs(ended, path, "a", now); err == nil {
 		t.Error("two processes have it")
 	}
 	for round := range 3 {
@@ -228,17 +232,21 @@ func TestProofsOutlive(t *testing.T) {
 	if err := errors.Join(os.Remove(path), os.Symlink("/dev/null", path)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenProofs(path, "a", now); err == nil {
-		t.Error("a link is followed")
+	_, err := OpenProofs(t.Context(), path, "a", now)
+	if err == nil {
+		t.Fatal("a link is followed")
+	}
+	if reason := use(UnavailableProofs(err), 1, now); reason != flow.ReasonOverload {
+		t.Errorf("a proof that cannot be written down: %q", reason)
 	}
 }
 
 func BenchmarkUseProof(b *testing.B) {
 	now := time.Now()
-	for name, p := range map[string]*Proofs{"memory": NewProofs(time.Time{}), "file": nil} {
+	for name, p := range map[string]*Proofs{"memory": NewProofs(), "file": nil} {
 		if p == nil {
 			var err error
-			if p, err = OpenProofs(filepath.Join(b.TempDir(), "proofs"), "", now.Add(-time.Hour)); err != nil {
+			if p, err = OpenProofs(b.Context(), filepath.Join(b.TempDir(), "proofs"), "", now.Add(-time.Hour)); err != nil {
 				b.Fatal(err)
 			}
 			defer p.Close()

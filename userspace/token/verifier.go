@@ -125,7 +125,7 @@ func New(opt Options) *Verifier {
 	}
 	v := &Verifier{opt: opt, log: opt.Log, proofs: opt.Proofs}
 	if v.proofs == nil {
-		v.proofs = NewProofs(time.Time{})
+		v.proofs = NewProofs()
 	}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
