@@ -155,8 +155,8 @@ func (c *call) endTLS() bool {
 	if c.accept() != nil {
 		return false
 	}
-	if c.detect(c.p.opt.Detect, false) != spokenTLS {
-		return true
+	if s := c.opening(c.api); s != spokenTLS {
+		return goesOn(c.api, s)
 	}
 	a := c.p.view.Load().apps[c.api.Name]
 	if a == nil || a.chain == nil {

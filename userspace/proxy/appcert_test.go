@@ -112,7 +112,8 @@ func TestTerminate(t *testing.T) {
 	}
 	for name, key := range map[string]crypto.Signer{"P-256": ecKey(t), "RSA": rsaKey} {
 		t.Run(name, func(t *testing.T) {
-			eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+			// However long the ClientHello takes.
+			eachWay(t, nodeOptions{change: func(o *Options) { o.Detect = time.Nanosecond }}, func(t *testing.T, in, app *node) {
 				for _, n := range []*node{in, app} {
 					n.proxy.SetPlan(terminating(t), 2)
 				}

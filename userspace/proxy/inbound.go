@@ -180,14 +180,19 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 		return
 	}
 	defer p.give("")
-	if api.AppTLS == compile.AppTLSNone && c.detect(p.opt.Detect, false) == spokenTLS {
-		c.resolve()
-		if !c.enforced() && !c.meant(v) {
-			c.cutOff(flow.ReasonTLSInApp, errHello.Error())
+	if api.AppTLS == compile.AppTLSNone {
+		switch s := c.opening(api); {
+		case !goesOn(api, s):
 			return
-		}
-		if !c.terminate(conn, ns) {
-			return
+		case s == spokenTLS:
+			c.resolve()
+			if !c.enforced() && !c.meant(v) {
+				c.cutOff(flow.ReasonTLSInApp, errHello.Error())
+				return
+			}
+			if !c.terminate(conn, ns) {
+				return
+			}
 		}
 	}
 	c.serve()

@@ -156,16 +156,11 @@ func (c *call) serve() {
 		return
 	}
 	switch c.api.Protocol {
-	case compile.ProtocolHTTP, compile.ProtocolGRPC:
+	case compile.ProtocolHTTP, compile.ProtocolGRPC, compile.ProtocolAuto:
 		if c.accept() != nil {
 			return
 		}
-		c.serveDetected(c.detect(c.p.opt.IdleTimeout, true))
-	case compile.ProtocolAuto:
-		if c.accept() != nil {
-			return
-		}
-		c.serveDetected(c.detect(c.p.opt.Detect, false))
+		c.serveDetected(c.opening(c.api))
 	case compile.ProtocolTLS:
 		c.servePassthrough()
 	default:
@@ -173,17 +168,35 @@ func (c *call) serve() {
 	}
 }
 
+// callerFirst says whether the caller speaks first, whatever it speaks.
+func callerFirst(api *compile.API) bool {
+	return api.Protocol == compile.ProtocolHTTP || api.Protocol == compile.ProtocolGRPC
+}
+
+// opening tells how a connection begins: as late as a request may come where the
+// caller speaks first, and else before it could be taken for waiting.
+func (c *call) opening(api *compile.API) spoken {
+	if callerFirst(api) {
+		return c.detect(c.p.opt.IdleTimeout, true)
+	}
+	return c.detect(c.p.opt.Detect, false)
+}
+
+// goesOn says whether a connection that begins so is one.
+func goesOn(api *compile.API, s spoken) bool {
+	return s != spokenEnd && (s != spokenNothing || !callerFirst(api))
+}
+
 func (c *call) serveDetected(s spoken) {
-	strict := c.api.Protocol != compile.ProtocolAuto
 	switch {
-	case s == spokenEnd || strict && s == spokenNothing:
+	case !goesOn(c.api, s):
 	case s == spokenTLS:
 		c.cutOff(flow.ReasonTLSInApp, errHello.Error())
 	case s == spokenHTTP:
 		c.serveHTTP()
 	case s == spokenHTTP2:
 		c.serveHTTP2()
-	case strict:
+	case callerFirst(c.api):
 		c.unreadable(&http1.Error{Reason: flow.ReasonNotHTTP, Text: "what came first is no request"})
 	default:
 		c.serveOpaque(flow.ProtocolTCP)

@@ -100,7 +100,7 @@ func TestUserspaceIsKilled(t *testing.T) {
 	t.Parallel()
 	n, w, stranger := enforced(t)
 	n.settled(stranger)
-	served := w.accesses()
+	served := w.requests()
 	pid := n.userspacePID()
 	// The agent is held so that it cannot start another one meanwhile.
 	n.agent.signal(unix.SIGSTOP)
@@ -114,7 +114,7 @@ func TestUserspaceIsKilled(t *testing.T) {
 		return ""
 	})
 	n.refusesAll("userspace is dead", stranger)
-	if now := w.accesses(); now != served {
+	if now := w.requests(); now != served {
 		t.Errorf("nginx was reached %d times", now-served)
 	}
 	n.agent.signal(unix.SIGCONT)
@@ -137,7 +137,7 @@ func TestAgentStopsAndReturns(t *testing.T) {
 		name string
 		f    func()
 	}{{"SIGTERM", n.stop}, {"SIGKILL", func() { n.hangUp(); n.agent.kill() }}} {
-		served := w.accesses()
+		served := w.requests()
 		end.f()
 		if pins, err := os.ReadDir(n.pinDir); err != nil || len(pins) == 0 {
 			t.Fatalf("after %s there are no pins: %v", end.name, err)
@@ -149,7 +149,7 @@ func TestAgentStopsAndReturns(t *testing.T) {
 			return ""
 		})
 		n.refusesAll("after "+end.name, stranger)
-		if now := w.accesses(); now != served {
+		if now := w.requests(); now != served {
 			t.Errorf("after %s nginx was reached %d times", end.name, now-served)
 		}
 		n.start()

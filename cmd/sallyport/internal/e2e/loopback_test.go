@@ -44,7 +44,7 @@ func TestLoopbackCalls(t *testing.T) {
 				}
 				n.decided(from, "the egress of the client", func(r *record) bool { return r.Reason == "egress" && !r.WouldDeny })
 			}
-			if w.accesses() == 0 {
+			if w.requests() == 0 {
 				t.Error("this test called nobody")
 			}
 		})

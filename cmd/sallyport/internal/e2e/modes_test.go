@@ -83,7 +83,7 @@ func TestAuditAndObserveBreakNothing(t *testing.T) {
 			works("with the next agent", true)
 			n.stop()
 			works("after the agent has ended", false)
-			if w.accesses() == 0 {
+			if w.requests() == 0 {
 				t.Error("this test called nobody")
 			}
 		})

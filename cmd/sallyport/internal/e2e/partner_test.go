@@ -142,13 +142,13 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 		}
 		return ""
 	})
-	served := w.accesses()
+	served := w.requests()
 	from := n.mark()
 	if got := code(t, "", stranger, url+"/files/hello", trusting(billing...)...); !strings.HasPrefix(got, "refused: ") {
 		t.Errorf("without a key the partner got %s", got)
 	}
 	n.decided(from, "TLS that nothing ends", func(r *record) bool { return r.Reason == "app_certificate" && r.Decision == "deny" })
-	if now := w.accesses(); now != served {
+	if now := w.requests(); now != served {
 		t.Errorf("nginx was reached %d times", now-served)
 	}
 }
@@ -199,7 +199,7 @@ func TestTLSToTheApplication(t *testing.T) {
 	if r := n.decided(from, "the call to another nginx", func(r *record) bool { return r.Reason == "upstream_tls" }); r.Stage != "upstream" || r.Decision != "deny" {
 		t.Errorf("recorded as %+v", r)
 	}
-	if got := w.accesses(); got != 0 {
+	if got := w.requests(); got != 0 {
 		t.Errorf("the other nginx was asked %d times", got)
 	}
 }
@@ -242,7 +242,7 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 	if r := n.decided(from, "the partner's call", func(r *record) bool { return r.Source == "spiffe://partner.example/billing" }); r.Decision != "allow" || r.Channel != "tls" {
 		t.Errorf("the partner's call is recorded as %+v", r)
 	}
-	served := w.accesses()
+	served := w.requests()
 	for _, c := range []struct {
 		who    string
 		args   []string
@@ -266,7 +266,7 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 			n.decided(from, c.who, func(r *record) bool { return r.Reason == c.reason && r.Decision == "deny" })
 		}
 	}
-	if now := w.accesses(); now != served {
+	if now := w.requests(); now != served {
 		t.Errorf("nginx was reached %d times by what was refused", now-served)
 	}
 }

@@ -119,7 +119,7 @@ func TestReadmeFirstLook(t *testing.T) {
 			}
 		}
 	}
-	if w.accesses() == 0 {
+	if w.requests() == 0 {
 		t.Error("nginx saw no call")
 	}
 }

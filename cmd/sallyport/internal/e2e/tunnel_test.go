@@ -212,7 +212,7 @@ spec: {owner: a@b.example, expires: "2020-01-01", select: {cgroup: {path: /forme
 			return r.Decision == "allow" && r.Source == third("client") && r.Channel == "tunnel" && r.Client.Addr().String() == addrA
 		})
 	})
-	served := w.accesses()
+	served := w.requests()
 	for _, c := range []struct {
 		name, authority, forwarded, reason string
 		status                             int
@@ -307,7 +307,7 @@ spec: {owner: a@b.example, expires: "2020-01-01", select: {cgroup: {path: /forme
 			t.Errorf("got %q %v", out, err)
 		}
 	})
-	if now := w.accesses(); now != served {
+	if now := w.requests(); now != served {
 		t.Errorf("nginx was reached %d times by what was refused: %s", now-served, w.log("access.log"))
 	}
 	if status, answer, err := connect(cc, addrB+":8080", "", hello); err != nil || status != 200 || answer != "200 hello\n" {

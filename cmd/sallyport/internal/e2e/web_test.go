@@ -7,6 +7,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,9 +21,10 @@ import (
 // web is an nginx: files below /files/, uploads by PUT to /up/, and /live/ for
 // whoever serves at its tmp/live.sock.
 type web struct {
-	t    *testing.T
-	dir  string
-	port int
+	t     *testing.T
+	dir   string
+	port  int
+	asked int // how often its status was asked for
 	*program
 }
 
@@ -77,6 +80,11 @@ http {
       proxy_set_header Connection "upgrade";
     }
   }
+  server {
+    listen unix:%[1]s/tmp/status.sock;
+    access_log off;
+    location / { stub_status; }
+  }
 }
 `, w.dir, port, flag, files)
 	if err := os.WriteFile(filepath.Join(w.dir, "nginx.conf"), []byte(config), 0o644); err != nil {
@@ -121,8 +129,30 @@ func (w *web) log(name string) string {
 	return string(b)
 }
 
-// accesses counts what nginx's access log holds.
-func (w *web) accesses() int { return strings.Count(w.log("access.log"), "\n") }
+// requests counts what has reached nginx, by its stub_status: from the first
+// byte on, where the access log hears of a request only after its answer.
+func (w *web) requests() int {
+	w.t.Helper()
+	c, err := net.Dial("unix", filepath.Join(w.dir, "tmp", "status.sock"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := io.WriteString(c, "GET / HTTP/1.0\r\n\r\n"); err != nil {
+		w.t.Fatal(err)
+	}
+	w.asked++
+	answer, err := io.ReadAll(c)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	_, numbers, _ := strings.Cut(string(answer), " requests\n")
+	var accepted, handled, requests int
+	if _, err := fmt.Sscan(numbers, &accepted, &handled, &requests); err != nil {
+		w.t.Fatalf("nginx's status is %q: %v", answer, err)
+	}
+	return requests - w.asked
+}
 
 // big makes a file of 64 MiB and returns its digest.
 func (w *web) big() string {
