@@ -519,10 +519,10 @@ func (r *reactor) place(ln *Listener, fd int, remote netip.AddrPort) {
 		to.serve(ln.h, fd, remote)
 		return
 	}
-	to.load.Add(1) // at once, else a burst would all go to one loop
+	to.load.Add(2) // its connection and its task, at once, else a burst would all go to one loop
 	if !to.r.post(func(l *loop) {
-		l.load.Add(-1)
 		l.serve(ln.h, fd, remote)
+		l.load.Add(-2)
 	}) {
 		sysClose(fd)
 		e.connGone()

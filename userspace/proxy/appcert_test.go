@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -15,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"net"
 	"net/http"
 	"net/netip"
 	"strings"
@@ -113,7 +115,7 @@ func TestTerminate(t *testing.T) {
 	for name, key := range map[string]crypto.Signer{"P-256": ecKey(t), "RSA": rsaKey} {
 		t.Run(name, func(t *testing.T) {
 			// However long the ClientHello takes.
-			eachWay(t, nodeOptions{change: func(o *Options) { o.Detect = time.Nanosecond }}, func(t *testing.T, in, app *node) {
+			eachWay(t, nodeOptions{change: atOnce}, func(t *testing.T, in, app *node) {
 				for _, n := range []*node{in, app} {
 					n.proxy.SetPlan(terminating(t), 2)
 				}
@@ -123,6 +125,7 @@ func TestTerminate(t *testing.T) {
 				addr := in.out(clientNumber, serverPort(80))
 				c := httpClient(t)
 				c.Transport.(*http.Transport).TLSClientConfig = &tls.Config{RootCAs: pair.pool, ServerName: "app.example"}
+				c.Transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) { return dialLate(t, addr), nil }
 				resp := get(t, c, "https://"+addr+"/a")
 				if cert := resp.Header.Get("X-Client-Cert"); resp.StatusCode != 200 || !strings.HasSuffix(cert, "URI="+clientID) {
 					t.Errorf("%d, the application saw %q", resp.StatusCode, cert)

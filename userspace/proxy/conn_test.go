@@ -26,6 +26,7 @@ import (
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"github.com/sallyport-dev/sallyport/userspace/proxy/http1"
 	"github.com/sallyport-dev/sallyport/userspace/testenv"
 )
@@ -71,16 +72,21 @@ func TestOpaque(t *testing.T) {
 			return
 		}
 		want := flow.Verdict{Source: clientNumber, SourceNetns: clientNetns, Destination: serverPort(7), DestinationNetns: serverNetns, Action: flow.ActionDirect, Expires: 5 * time.Minute}
-		if len(verdicts) != 1 || verdicts[0] != want {
-			t.Errorf("verdicts %+v, want %+v", verdicts, want)
+		if len(verdicts) == 0 { // one a second at most
+			t.Error("no verdict")
+		}
+		for _, v := range verdicts {
+			if v != want {
+				t.Errorf("verdict %+v, want %+v", v, want)
+			}
 		}
 	})
 }
 
 // TestServerFirst holds that a protocol whose server speaks first works on
-// an auto port, and HTTP and TLS are told apart there.
+// an auto port.
 func TestServerFirst(t *testing.T) {
-	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+	eachWay(t, nodeOptions{change: atOnce}, func(t *testing.T, in, app *node) {
 		app.raw(func(c *net.TCPConn) {
 			io.WriteString(c, "220 ready\r\n")
 			line, _ := bufio.NewReader(c).ReadString('\n')
@@ -96,6 +102,38 @@ func TestServerFirst(t *testing.T) {
 		if line, err := br.ReadString('\n'); line != "you said QUIT\n" {
 			t.Fatalf("got %q %v", line, err)
 		}
+	})
+}
+
+// TestPunctualAtABusyNode holds that what a client says in time counts, also
+// where the node gets round to it later.
+func TestPunctualAtABusyNode(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		const limit = 50 * time.Millisecond
+		n := oneNode(t, nodeOptions{goroutines: goroutines, change: func(o *Options) { o.Detect = limit }})
+		n.app(http.HandlerFunc(reflect), 81)
+		c := dialTCP(t, n.out(clientNumber, serverPort(81)))
+		for n.engine.Stats().Accepted == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		n.engine.Go(func(*netloop.Task) { // and nothing else goes on
+			io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\n\r\n") //nolint:errcheck // then nothing comes
+			time.Sleep(2 * limit)
+		})
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.Header.Get("X-Client-Cert") == "" {
+			t.Error("it was taken for silent")
+		}
+	})
+}
+
+// TestToldApart holds that HTTP and TLS are told apart on an auto port.
+func TestToldApart(t *testing.T) {
+	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+		addr := in.out(clientNumber, serverPort(81))
 		app.app(http.HandlerFunc(reflect), 81)
 		resp, err := ask(t, dialTCP(t, addr), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 		if err != nil || resp.StatusCode != 200 {
@@ -308,11 +346,11 @@ func TestSteered(t *testing.T) {
 			http bool
 		}{{80, true}, {81, true}, {7, false}} {
 			t.Run(fmt.Sprint(c.port), func(t *testing.T) {
-				n := oneNode(t, nodeOptions{goroutines: goroutines, change: func(o *Options) {
-					if c.port == 80 {
-						o.Detect = time.Nanosecond // of no matter where the caller speaks first
-					}
-				}})
+				o, dial := nodeOptions{goroutines: goroutines}, dialTCP
+				if c.port == 80 { // where the caller speaks first it may take its time
+					o.change, dial = atOnce, dialLate
+				}
+				n := oneNode(t, o)
 				addr, fd := listener(t, "127.0.0.1:0")
 				// The address that a steered connection shows as its own.
 				real := netip.MustParseAddrPort(addr)
@@ -324,13 +362,13 @@ func TestSteered(t *testing.T) {
 				n.mu.Lock()
 				n.apps[real] = "" // nothing yet
 				n.mu.Unlock()
-				testSteered(t, n, addr, c.http)
+				testSteered(t, n, addr, dial, c.http)
 			})
 		}
 	})
 }
 
-func testSteered(t *testing.T, n *node, addr string, speaksHTTP bool) {
+func testSteered(t *testing.T, n *node, addr string, dial func(testing.TB, string) *net.TCPConn, speaksHTTP bool) {
 	real := netip.MustParseAddrPort(addr)
 	if speaksHTTP {
 		n.app(http.HandlerFunc(reflect), 80)
@@ -341,7 +379,7 @@ func testSteered(t *testing.T, n *node, addr string, speaksHTTP bool) {
 	n.apps[real] = n.apps[serverPort(80)]
 	n.mu.Unlock()
 	const get = "GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
-	plain := dialTCP(t, addr)
+	plain := dial(t, addr)
 	resp, err := ask(t, plain, get)
 	if speaksHTTP {
 		if err != nil {
@@ -354,7 +392,7 @@ func testSteered(t *testing.T, n *node, addr string, speaksHTTP bool) {
 		t.Error("plaintext was let through")
 	}
 	n.recorded(flow.ReasonMTLSRequired)
-	anonymous := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true})
+	anonymous := tls.Client(dial(t, addr), &tls.Config{InsecureSkipVerify: true})
 	if _, err := ask(t, anonymous, get); err == nil {
 		t.Error("a client without certificate was let in")
 	}
@@ -363,7 +401,7 @@ func testSteered(t *testing.T, n *node, addr string, speaksHTTP bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	known := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, ServerName: "any.example", NextProtos: []string{"h2", "http/1.1"}, Certificates: []tls.Certificate{leaf.Certificate}})
+	known := tls.Client(dial(t, addr), &tls.Config{InsecureSkipVerify: true, ServerName: "any.example", NextProtos: []string{"h2", "http/1.1"}, Certificates: []tls.Certificate{leaf.Certificate}})
 	if !speaksHTTP {
 		if err := known.Handshake(); err != nil {
 			t.Fatal(err)
@@ -385,7 +423,7 @@ func testSteered(t *testing.T, n *node, addr string, speaksHTTP bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stranger := tls.Client(dialTCP(t, addr), &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{other.Certificate}})
+	stranger := tls.Client(dial(t, addr), &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{other.Certificate}})
 	if resp, err = ask(t, stranger, get); err != nil {
 		t.Fatal(err)
 	}
@@ -509,7 +547,7 @@ func TestRevocation(t *testing.T) {
 		if b, err := io.ReadAll(resp.Body); err == nil || len(b) > 0 {
 			t.Errorf("the stream ended with %q %v", b, err)
 		}
-		if took := time.Since(began); took > time.Second {
+		if took := time.Since(began); took > 10*time.Second {
 			t.Errorf("it took %v", took)
 		}
 		app.recorded(flow.ReasonRevoked)
@@ -646,22 +684,22 @@ func TestPolicyChangeInResponse(t *testing.T) {
 	})
 }
 
-// TestRotation has leaves that live two seconds under traffic; nothing may
+// TestRotation has leaves that live four seconds under traffic; nothing may
 // be lost.
 func TestRotation(t *testing.T) {
 	if testing.Short() {
-		t.Skip("takes six seconds")
+		t.Skip("takes ten seconds")
 	}
 	for _, goroutines := range []bool{false, true} {
 		t.Run(fmt.Sprintf("goroutines=%v", goroutines), func(t *testing.T) {
 			t.Parallel()
-			a, b := twoNodes(t, nodeOptions{goroutines: goroutines, ttl: 2 * time.Second})
+			a, b := twoNodes(t, nodeOptions{goroutines: goroutines, ttl: 4 * time.Second})
 			b.app(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if r.URL.Path != "/slow" {
 					reflect(w, r)
 					return
 				}
-				for range 40 {
+				for range 80 {
 					io.WriteString(w, "tick")
 					w.(http.Flusher).Flush()
 					time.Sleep(100 * time.Millisecond)
@@ -673,7 +711,7 @@ func TestRotation(t *testing.T) {
 				resp, err := httpClient(t).Get(base + "/slow")
 				if err == nil {
 					var body []byte
-					if body, err = io.ReadAll(resp.Body); err == nil && len(body) != 160 {
+					if body, err = io.ReadAll(resp.Body); err == nil && len(body) != 320 {
 						err = fmt.Errorf("%d bytes", len(body))
 					}
 					resp.Body.Close()
@@ -684,7 +722,7 @@ func TestRotation(t *testing.T) {
 			kept := httpClient(t)
 			serials := map[string]bool{}
 			requests := 0
-			for end := time.Now().Add(5 * time.Second); time.Now().Before(end); requests++ {
+			for late := time.Now().Add(20 * time.Second); len(serials) < 3 && time.Now().Before(late); requests++ {
 				for _, client := range []*http.Client{fresh, kept} {
 					resp, err := client.Post(base+"/a", "text/plain", strings.NewReader("hello"))
 					if err != nil {

@@ -138,7 +138,7 @@ func (c *call) asksFor() (host string, r *refusal) {
 		return "", nil
 	case spokenTLS:
 	default:
-		return "", &refusal{flow.StageChannel, flow.ReasonEgressTLS, "the host that egress lists there is spoken to in TLS, and no ClientHello came"}
+		return "", &refusal{flow.StageChannel, flow.ReasonEgressTLS, "the host that egress lists there is spoken to in TLS, and no ClientHello came within " + patience.String()}
 	}
 	name, ok, err := c.hello()
 	switch {

@@ -259,6 +259,8 @@ func TestEgressVerifiedInAudit(t *testing.T) {
 			}
 		}
 		// A client that waits for the server to speak.
+		n = newPartnered(t, goroutines, "audit", good, otherRoots)
+		atOnce(&n.proxy.opt)
 		n.raw(func(c *net.TCPConn) { _, _ = c.Write([]byte("hello")) }, 6000)
 		n.mu.Lock()
 		n.apps[partnerAt] = n.apps[serverPort(6000)]
@@ -297,7 +299,11 @@ func TestEgressVerifiedBesideInAudit(t *testing.T) {
 		if _, err := io.ReadFull(c, make([]byte, 4)); err != nil {
 			t.Error(err)
 		}
-		<-asked
+		select {
+		case <-asked:
+		case <-time.After(10 * time.Second):
+			t.Fatal("nobody asked")
+		}
 		if list := n.records(); len(list) > 0 {
 			t.Errorf("told before it is known: %+v", list)
 		}

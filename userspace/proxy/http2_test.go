@@ -185,11 +185,11 @@ func TestNotGRPC(t *testing.T) {
 }
 
 // TestRefusedEarly holds that a call that may not leave is answered in its
-// own protocol.
+// own protocol, however late it begins.
 func TestRefusedEarly(t *testing.T) {
-	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+	eachWay(t, nodeOptions{change: atOnce}, func(t *testing.T, in, app *node) {
 		addr := in.out(otherNumber, serverPort(84)) // which may not call the server
-		_, err := call1(within(t), rpcClient(t, addr, nil), "/t.Echo/Unary", "x")
+		_, err := call1(within(t), rpcClient(t, addr, nil, grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return dialLate(t, addr), nil })), "/t.Echo/Unary", "x")
 		refusedCall(t, err, codes.PermissionDenied, flow.ReasonMayCall)
 		resp, err := http2Client(t).Get("http://" + addr + "/a")
 		if err != nil {
@@ -204,7 +204,7 @@ func TestRefusedEarly(t *testing.T) {
 // TestNoApplication2 holds what calls get where the application is not there,
 // is silent, or speaks no HTTP/2.
 func TestNoApplication2(t *testing.T) {
-	short := func(o *Options) { o.ConnectTimeout = 500 * time.Millisecond }
+	short := func(o *Options) { o.ConnectTimeout = 2 * time.Second }
 	eachWay(t, nodeOptions{change: short}, func(t *testing.T, in, app *node) {
 		addr := in.out(clientNumber, serverPort(84))
 		app.mu.Lock()

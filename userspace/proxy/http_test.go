@@ -377,7 +377,7 @@ func TestPipelining(t *testing.T) {
 
 func TestTimeouts(t *testing.T) {
 	eachWay(t, nodeOptions{change: func(o *Options) {
-		o.HeadTimeout, o.IdleTimeout, o.BodyTimeout = 100*time.Millisecond, 150*time.Millisecond, 100*time.Millisecond
+		o.HeadTimeout, o.IdleTimeout, o.BodyTimeout = 100*time.Millisecond, 2*time.Second, 100*time.Millisecond
 	}}, func(t *testing.T, in, app *node) {
 		app.app(http.HandlerFunc(reflect), 80)
 		addr := in.out(clientNumber, serverPort(80))
@@ -502,6 +502,7 @@ func TestUpstreamGone(t *testing.T) {
 func TestBackPressure(t *testing.T) {
 	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
 		var wrote atomic.Int64
+		stopped := make(chan struct{}, 1)
 		app.raw(func(c *net.TCPConn) {
 			if _, err := http.ReadRequest(bufio.NewReader(c)); err != nil {
 				return
@@ -517,6 +518,7 @@ func TestBackPressure(t *testing.T) {
 					if !os.IsTimeout(err) {
 						t.Errorf("write: %v", err)
 					}
+					stopped <- struct{}{}
 					return
 				}
 			}
@@ -528,8 +530,10 @@ func TestBackPressure(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = resp
-		for before := int64(-1); before != wrote.Load(); time.Sleep(600 * time.Millisecond) {
-			before = wrote.Load()
+		select {
+		case <-stopped:
+		case <-within(t).Done():
+			t.Error("nothing stops it")
 		}
 		if n := wrote.Load(); n > 64<<20 {
 			t.Errorf("%d bytes were taken for a client that does not read", n)
@@ -537,11 +541,12 @@ func TestBackPressure(t *testing.T) {
 	})
 }
 
-// TestMayCall holds that a source that may not call is refused where it is.
+// TestMayCall holds that a source that may not call is refused where it is,
+// however late it begins.
 func TestMayCall(t *testing.T) {
-	eachWay(t, nodeOptions{}, func(t *testing.T, in, app *node) {
+	eachWay(t, nodeOptions{change: atOnce}, func(t *testing.T, in, app *node) {
 		app.app(http.HandlerFunc(reflect), 80)
-		resp, err := ask(t, dialTCP(t, in.out(otherNumber, serverPort(80))), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		resp, err := ask(t, dialLate(t, in.out(otherNumber, serverPort(80))), "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -99,6 +99,15 @@ const (
 // the beginning of a request line is enough: the rest has a time limit of its
 // own.
 func (c *call) detect(limit time.Duration, expected bool) spoken {
+	s := c.look(limit, expected)
+	if s == spokenNothing {
+		// What came in time counts, however late this node gets round to it.
+		s = c.look(time.Millisecond, expected)
+	}
+	return s
+}
+
+func (c *call) look(limit time.Duration, expected bool) spoken {
 	_ = c.client.SetReadDeadline(time.Now().Add(limit))
 	if s, ok := c.client.(interface{ AwaitRead() error }); ok && c.buf == nil {
 		switch err := s.AwaitRead(); {

@@ -120,7 +120,11 @@ func (c *call) fail(r *refusal) {
 // refuseEarly refuses a connection before anything was read of it: a client
 // that speaks HTTP is told why, others are reset.
 func (c *call) refuseEarly() {
-	switch c.detect(c.p.opt.Detect, false) {
+	patience := c.p.opt.Detect
+	if c.api != nil && callerFirst(c.api) {
+		patience = c.p.opt.HeadTimeout
+	}
+	switch c.detect(patience, false) {
 	case spokenHTTP:
 	case spokenHTTP2:
 		c.refuseStreams()

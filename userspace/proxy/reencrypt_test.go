@@ -207,42 +207,52 @@ func TestReencrypt(t *testing.T) {
 // TestReencryptOpaque copies bytes both ways and keeps half-closed
 // connections, with a server that speaks first as well.
 func TestReencryptOpaque(t *testing.T) {
-	reencryptEachWay(t, nodeOptions{}, func(t *testing.T, in, app *node, pair *appKeyPair, ca *appCA) {
-		app.secureRaw(ca.issue(nil, "app.example"), func(c *tls.Conn) {
-			_, _ = io.WriteString(c, "hello ")
-			_, _ = io.Copy(c, c)
-			_ = c.CloseWrite()
-			_, _ = io.Copy(io.Discard, c)
-		}, 7)
-		addr := in.out(clientNumber, serverPort(7))
-		large := bytes.Repeat([]byte("x123456789abcdef"), 200_000)
-		for _, secured := range []bool{false, true} {
-			plain := dialTCP(t, addr)
-			var c interface {
-				net.Conn
-				CloseWrite() error
-			} = plain
-			if secured {
-				c = tls.Client(plain, &tls.Config{RootCAs: pair.pool, ServerName: "app.example"})
-			}
-			greeting := make([]byte, 6)
-			if !secured {
-				if _, err := io.ReadFull(c, greeting); err != nil {
-					t.Fatal(err)
-				}
-			}
-			go func() { _, _ = c.Write(large); _ = c.CloseWrite() }()
-			if secured {
-				if _, err := io.ReadFull(c, greeting); err != nil {
-					t.Fatal(err)
-				}
-			}
-			got, err := io.ReadAll(c)
-			if string(greeting) != "hello " || err != nil || !bytes.Equal(got, large) {
-				t.Errorf("secured=%v: %q, %d bytes, %v", secured, greeting, len(got), err)
-			}
+	for _, secured := range []bool{false, true} {
+		o := nodeOptions{}
+		if !secured {
+			o.change = atOnce
 		}
-	})
+		t.Run(fmt.Sprintf("secured=%v", secured), func(t *testing.T) {
+			reencryptEachWay(t, o, func(t *testing.T, in, app *node, pair *appKeyPair, ca *appCA) {
+				testReencryptOpaque(t, in, app, pair, ca, secured)
+			})
+		})
+	}
+}
+
+func testReencryptOpaque(t *testing.T, in, app *node, pair *appKeyPair, ca *appCA, secured bool) {
+	app.secureRaw(ca.issue(nil, "app.example"), func(c *tls.Conn) {
+		_, _ = io.WriteString(c, "hello ")
+		_, _ = io.Copy(c, c)
+		_ = c.CloseWrite()
+		_, _ = io.Copy(io.Discard, c)
+	}, 7)
+	addr := in.out(clientNumber, serverPort(7))
+	large := bytes.Repeat([]byte("x123456789abcdef"), 200_000)
+	plain := dialTCP(t, addr)
+	var c interface {
+		net.Conn
+		CloseWrite() error
+	} = plain
+	if secured {
+		c = tls.Client(plain, &tls.Config{RootCAs: pair.pool, ServerName: "app.example"})
+	}
+	greeting := make([]byte, 6)
+	if !secured {
+		if _, err := io.ReadFull(c, greeting); err != nil {
+			t.Fatal(err)
+		}
+	}
+	go func() { _, _ = c.Write(large); _ = c.CloseWrite() }()
+	if secured {
+		if _, err := io.ReadFull(c, greeting); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := io.ReadAll(c)
+	if string(greeting) != "hello " || err != nil || !bytes.Equal(got, large) {
+		t.Errorf("%q, %d bytes, %v", greeting, len(got), err)
+	}
 }
 
 // TestReencryptGRPC has calls of gRPC go to a server that takes them over TLS
@@ -380,7 +390,7 @@ func TestNothingToVerifyBy(t *testing.T) {
 // TestReencryptNoHTTP2 holds what calls get where the application takes no
 // HTTP/2, or says nothing.
 func TestReencryptNoHTTP2(t *testing.T) {
-	short := func(o *Options) { o.ConnectTimeout = 500 * time.Millisecond }
+	short := func(o *Options) { o.ConnectTimeout = 2 * time.Second }
 	reencryptEachWay(t, nodeOptions{change: short}, func(t *testing.T, in, app *node, _ *appKeyPair, ca *appCA) {
 		addr := in.out(clientNumber, serverPort(84))
 		refused := func(what, detail string) {

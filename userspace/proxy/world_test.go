@@ -264,6 +264,7 @@ func newNode(t testing.TB, ca *identity.CA, o nodeOptions) *node {
 	}
 	n.pipeline = pipeline.New(pipeline.Options{Node: "n", Ceiling: flow.ModeEnforce, Tokens: n.tokens, Anomalies: anomalies})
 	options := Options{Pipeline: n.pipeline, Agent: n, Flows: n, Leaves: n.leaves, Verifier: n.verifier}
+	options.Detect = 10 * time.Second // only those that mean to be silent are taken for it
 	if o.change != nil {
 		o.change(&options)
 	}
@@ -546,6 +547,18 @@ func httpClient(t testing.TB) *http.Client {
 	tr := &http.Transport{MaxIdleConnsPerHost: 10, DisableCompression: true}
 	t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr, Timeout: 20 * time.Second}
+}
+
+// atOnce has a node take clients that do not begin at once for silent ones.
+func atOnce(o *Options) { o.Detect = time.Nanosecond }
+
+// dialLate is dialTCP for a client that such a node has taken for silent by the
+// time it returns.
+func dialLate(t testing.TB, addr string) *net.TCPConn {
+	t.Helper()
+	c := dialTCP(t, addr)
+	time.Sleep(20 * time.Millisecond)
+	return c
 }
 
 // problem reads a problem document and holds it against the response.
