@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"io"
 	"log/slog"
@@ -150,9 +151,13 @@ func openDir(t testing.TB) string {
 	return dir
 }
 
+// freePort returns a port of a loopback address of its own, so that nobody else
+// on the machine takes it before the agent does.
 func freePort(t testing.TB) netip.AddrPort {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	at := [4]byte{127}
+	rand.Read(at[1:])
+	l, err := net.Listen("tcp", netip.AddrPortFrom(netip.AddrFrom4(at), 0).String())
 	must(t, err)
 	defer l.Close()
 	return netip.MustParseAddrPort(l.Addr().String())

@@ -48,13 +48,8 @@ func TestConnectIsRewritten(t *testing.T) {
 			}
 			must(t, c.Close())
 			must(t, accepted.Close())
-			if _, err := n.LookupFlow(n.netns.Cookie, unmapped(peer), unmapped(local)); err == nil {
-				t.Error("the flow entry outlives its socket")
-			}
+			n.noFlows(t)
 		})
-	}
-	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
-		t.Errorf("after close %d and %d flows are counted (%v)", own, total, err)
 	}
 }
 
@@ -159,9 +154,7 @@ func TestOtherWaysToConnect(t *testing.T) {
 		must(t, s.Close())
 	})
 	nothingAccepted(t, server, "the server")
-	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
-		t.Errorf("%d and %d flows are counted (%v)", own, total, err)
-	}
+	n.noFlows(t)
 }
 
 // Many at once, some cut off by the agent's restart of their verdicts: no
@@ -205,19 +198,7 @@ func TestNoEntryIsLeftBehind(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	flows, err := n.Flows()
-	must(t, err)
-	// The kernel may still have segments of the last ones under way.
-	for deadline := time.Now().Add(10 * time.Second); len(flows) > 0 && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		flows, err = n.Flows()
-		must(t, err)
-	}
-	if len(flows) != 0 {
-		t.Errorf("%d entries are left", len(flows))
-	}
-	if own, total, err := n.FlowsOf(clientNumber); err != nil || own != 0 || total != 0 {
-		t.Errorf("%d and %d flows are counted (%v)", own, total, err)
-	}
+	n.noFlows(t)
 	c, err := n.Counters()
 	must(t, err)
 	if c.Direct == 0 || c.Proxied == 0 || c.Direct+c.Proxied != 400 {

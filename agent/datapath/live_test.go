@@ -171,6 +171,34 @@ func family(a netip.AddrPort) int {
 func unmapped(a netip.AddrPort) netip.AddrPort { return unmap(a) }
 
 // nothingAccepted fails if anybody reached the listener.
+// heartbeatOf has the agent's last heartbeat be of some time ago.
+func (n *node) heartbeatOf(t testing.TB, ago time.Duration) {
+	t.Helper()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.control.Heartbeat = now() - uint64(ago)
+	must(t, n.writeControl())
+}
+
+// noFlows waits until no flow has an entry and none of the client's is counted:
+// the kernel may still be closing the last ones.
+func (n *node) noFlows(t testing.TB) {
+	t.Helper()
+	for late := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		flows, err := n.Flows()
+		must(t, err)
+		own, total, err := n.FlowsOf(clientNumber)
+		must(t, err)
+		if len(flows) == 0 && own == 0 && total == 0 {
+			return
+		}
+		if time.Now().After(late) {
+			t.Errorf("%d entries are left, %d and %d flows are counted", len(flows), own, total)
+			return
+		}
+	}
+}
+
 func nothingAccepted(t testing.TB, s *testenv.Sock, who string) {
 	t.Helper()
 	must(t, s.SetTimeout(50*time.Millisecond))

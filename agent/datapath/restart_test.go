@@ -21,7 +21,7 @@ import (
 // The agent dies without a word. What was enforced stays so, live direct
 // connections go on, and the next agent takes over.
 func TestKilledAgent(t *testing.T) {
-	n := newNode(t, flow.ModeEnforce, func(_ *loader.Options, o *Options) { o.StaleAfter = time.Second })
+	n := newNode(t, flow.ModeEnforce)
 	n.listenAll(t)
 	l, err := n.server.Listen(address4)
 	must(t, err)
@@ -33,11 +33,11 @@ func TestKilledAgent(t *testing.T) {
 	must(t, err)
 	stranger := testenv.NewActor(t, nil, n.netns)
 
+	n.heartbeatOf(t, 4*time.Second) // as old as it would become
 	must(t, n.events.Close())
 	must(t, n.kernel.Close())
 	must(t, unix.Kill(n.agent.PID, unix.SIGKILL))
 	n.agent.Wait(t)
-	time.Sleep(1010 * time.Millisecond) // the heartbeat's own time-out, not a wait for an event
 
 	must(t, live.Send([]byte("x")))
 	if b, err := served.Recv(1); err != nil || string(b) != "x" {

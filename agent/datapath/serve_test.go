@@ -128,11 +128,7 @@ func TestVerdictEnds(t *testing.T) {
 	t.Run("stale heartbeat", func(t *testing.T) {
 		n.direct(t, address4, time.Minute)
 		straight(t)
-		n.mu.Lock()
-		n.control.Heartbeat = now() - uint64(4*time.Second)
-		err := n.writeControl()
-		n.mu.Unlock()
-		must(t, err)
+		n.heartbeatOf(t, 4*time.Second)
 		proxied(t)
 		must(t, n.Heartbeat())
 		straight(t)

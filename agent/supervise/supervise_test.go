@@ -543,14 +543,14 @@ func TestProcessDiesWithAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(watch)
-	if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}, 300); n != 0 {
+	if ended, err := testenv.Ended(watch, 300*time.Millisecond); ended || err != nil {
 		t.Fatal("it ended before the agent did")
 	}
 	if err := agent.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	_ = agent.Wait()
-	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}, 5000); n != 1 {
+	if ended, err := testenv.Ended(watch, 10*time.Second); !ended {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 		t.Fatalf("the orphan lives on (%v)", err)
 	}

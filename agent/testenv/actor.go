@@ -3,6 +3,7 @@
 package testenv
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -97,9 +98,20 @@ func (a *Actor) Wait(t testing.TB) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	if n, err := unix.Poll(p, 10_000); n != 1 {
+	if ended, err := Ended(fd, 10*time.Second); !ended {
 		t.Fatalf("the actor is still there (%v)", err)
+	}
+}
+
+// Ended waits for the end of a process by its pidfd (pidfd_open(2)), and says
+// whether it came in time.
+func Ended(pidfd int, limit time.Duration) (bool, error) {
+	for late := time.Now().Add(limit); ; {
+		left := max(0, time.Until(late))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(left.Milliseconds()))
+		if !errors.Is(err, unix.EINTR) {
+			return n == 1, err
+		}
 	}
 }
 

@@ -102,6 +102,18 @@ func (h *harness) write(name, content string) {
 	}
 }
 
+// place writes a file that is there whole from the first.
+func (h *harness) place(name, content string) {
+	h.t.Helper()
+	beside := filepath.Join(h.t.TempDir(), name)
+	if err := os.WriteFile(beside, []byte(content), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.Rename(beside, filepath.Join(h.dir, name)); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
 // until waits for the event that satisfies want; those before it are states
 // in between.
 func (h *harness) until(what string, want func(Event) bool) Event {
@@ -155,7 +167,7 @@ func TestChangesTakeEffectAndBadOnesDoNot(t *testing.T) {
 	h.until("empty", holds(false))
 	h.write("a.yaml", policy("a"))
 	e := h.until("a", holds(false, "a"))
-	h.write("b.yaml", broken)
+	h.place("b.yaml", broken)
 	bad := h.until("b is broken", holds(true, "a"))
 	if bad.Plan != e.Plan || len(bad.Problems) != 1 || !strings.HasPrefix(bad.Problems[0].String(), "b.yaml:2:7: kind: ") {
 		t.Errorf("%s", describe(bad))
@@ -487,8 +499,8 @@ func TestTestFilesChangeNothing(t *testing.T) {
 	h := start(t, dir, "", time.Hour)
 	h.write("a.yaml", policy("a"))
 	first := h.until("the set", holds(false, "a"))
-	h.write("a_test.yaml", "cases: [")
-	h.write("b.yaml", policy("b"))
+	h.place("a_test.yaml", "cases: [")
+	h.place("b.yaml", policy("b"))
 	second := <-h.w.Events()
 	if !holds(false, "a", "b")(second) || len(second.Files) != 2 || first.Plan == second.Plan {
 		t.Errorf("with a broken test beside them: %s", describe(second))

@@ -324,7 +324,12 @@ func conns(t testing.TB, opt Options) (agent, user *Conn) {
 	t.Helper()
 	a, u := pair(t)
 	agent, user = NewConn(a, opt), NewConn(u, Options{})
-	t.Cleanup(func() { agent.Close(); user.Close() })
+	t.Cleanup(func() {
+		for _, c := range []*Conn{agent, user} {
+			c.Close()
+			<-c.Done() // whoever closes it: the next test counts descriptors
+		}
+	})
 	return agent, user
 }
 
@@ -499,7 +504,10 @@ func TestEndFailsPendingCalls(t *testing.T) {
 func TestAnswersNotReadEndTheLine(t *testing.T) {
 	before := descriptorsOpen(t)
 	a, u := pair(t)
+	var handlers sync.WaitGroup
 	agent := NewConn(a, Options{Queue: 8, Concurrent: all, Handle: func(_ context.Context, in *Incoming) {
+		handlers.Add(1)
+		defer handlers.Done()
 		r, w := pipe(t)
 		unix.Close(r)
 		in.Reply(dialReply(), w)
@@ -519,7 +527,7 @@ func TestAnswersNotReadEndTheLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	u.Close()
-	settle(t, "descriptors", before, func() int { return descriptorsOpen(t) })
+	settle(t, "descriptors", before, func() int { handlers.Wait(); return descriptorsOpen(t) })
 }
 
 // TestHostilePeer sends what no proxy would, and expects that nothing leaks.

@@ -156,8 +156,11 @@ func TestRotation(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := w.await(func(*Token) bool { return true })
-	second := w.await(func(k *Token) bool { return k.Thumbprint != first.Thumbprint })
-	list := w.All(clientID, "shop/payments")
+	var list []Token
+	second := w.await(func(k *Token) bool {
+		list = w.All(clientID, "shop/payments")
+		return k.Thumbprint != first.Thumbprint && len(list) > 0 && list[len(list)-1].Thumbprint == k.Thumbprint
+	})
 	if len(list) == 0 || list[len(list)-1].Thumbprint != second.Thumbprint {
 		t.Errorf("%d tokens", len(list))
 	}

@@ -390,7 +390,7 @@ func TestWebSocketBytes(t *testing.T) {
 // TestWebSocketIdle holds that silence is measured as that of an opaque
 // connection, not as that between two requests.
 func TestWebSocketIdle(t *testing.T) {
-	const idle = 1500 * time.Millisecond
+	const idle = 3 * time.Second
 	o := nodeOptions{change: func(o *Options) {
 		o.HeadTimeout, o.BodyTimeout, o.IdleTimeout, o.ResponseTimeout, o.RelayIdle = idle/3, idle/3, idle/3, idle/3, idle
 	}}
@@ -476,7 +476,7 @@ func TestWebSocketExpires(t *testing.T) {
 	oneLive(t, nodeOptions{}, func(t *testing.T, app *node, addr string) {
 		app.app(echoes(), 85)
 		go app.pipeline.Run(t.Context())
-		end := time.Now().Add(2 * time.Second).Truncate(time.Second)
+		end := time.Now().Add(4 * time.Second).Truncate(time.Second)
 		ws := opened(t, dialTCP(t, addr), "/paid", "Authorization: Bearer "+app.mintsUntil(t, end))
 		if err := said(ws, []byte("x")); err != nil {
 			t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/policies/relations"
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -35,6 +36,9 @@ var plainModel = strings.Replace(testModel[:strings.Index(testModel, "condition"
 func openEngine(t testing.TB, dir string, opt Options) *Engine {
 	t.Helper()
 	opt.StateDir = dir
+	if opt.Timeout == 0 {
+		opt.Timeout = time.Minute // tests of it say so
+	}
 	e, err := Open(context.Background(), opt)
 	if err != nil {
 		t.Fatal(err)

@@ -39,7 +39,8 @@ type elsewhere struct {
 	store string
 	cert  tls.Certificate
 	roots *x509.CertPool
-	addr  string
+	addr  atomic.Pointer[string]
+	text  string // the model that we have of it
 	serve *grpc.Server
 	calls atomic.Int32 // questions
 	down  atomic.Bool  // no connection is made
@@ -50,7 +51,7 @@ type elsewhere struct {
 
 func newElsewhere(t *testing.T) *elsewhere {
 	t.Helper()
-	s := &elsewhere{t: t, looked: make(chan struct{}, 1024), changed: make(chan struct{}, 1024), fga: server.MustNewServerWithOpts(server.WithDatastore(memory.New()), server.WithCheckQueryCacheEnabled(true), server.WithCheckQueryCacheTTL(time.Minute))}
+	s := &elsewhere{t: t, text: testModel, looked: make(chan struct{}, 1024), changed: make(chan struct{}, 1024), fga: server.MustNewServerWithOpts(server.WithDatastore(memory.New()), server.WithCheckQueryCacheEnabled(true), server.WithCheckQueryCacheTTL(time.Minute))}
 	t.Cleanup(s.fga.Close)
 	made, err := s.fga.CreateStore(t.Context(), &openfgav1.CreateStoreRequest{Name: "shop"})
 	must(t, err)
@@ -65,15 +66,16 @@ func newElsewhere(t *testing.T) *elsewhere {
 	must(t, err)
 	s.cert, s.roots = tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, x509.NewCertPool()
 	s.roots.AddCert(root)
-	s.start("127.0.0.1:0")
+	s.start()
 	return s
 }
 
-func (s *elsewhere) start(addr string) {
+func (s *elsewhere) start() {
 	s.t.Helper()
-	l, err := net.Listen("tcp4", addr)
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	must(s.t, err)
-	s.addr = l.Addr().String()
+	addr := l.Addr().String()
+	s.addr.Store(&addr)
 	s.serve = grpc.NewServer(grpc.Creds(credentials.NewServerTLSFromCert(&s.cert)), grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 		md, _ := metadata.FromIncomingContext(ctx)
 		if got := md.Get("authorization"); len(got) != 1 || got[0] != "Bearer s3cret" {
@@ -116,11 +118,11 @@ func (s *elsewhere) engine(secret string) *Engine {
 		if model != remoteName || s.down.Load() {
 			return nil, "", errors.New("there is no way")
 		}
-		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", s.addr)
+		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", *s.addr.Load())
 		return c, secret, err
 	}})
 	e.looks = pollEvery
-	must(s.t, e.SetModels(s.t.Context(), []Model{s.model(testModel), {Name: "shop/near", Text: testModel}}))
+	must(s.t, e.SetModels(s.t.Context(), []Model{s.model(s.text), {Name: "shop/near", Text: testModel}}))
 	return e
 }
 
@@ -244,7 +246,7 @@ func TestRemoteDown(t *testing.T) {
 	if m.fresh(now.UnixNano()) {
 		t.Error("cached answers are served of an engine that is gone")
 	}
-	s.start(s.addr)
+	s.start()
 	until(t, e, flow.ReasonOK)
 }
 
@@ -254,6 +256,7 @@ func TestRemoteDown(t *testing.T) {
 func TestRemoteStoreMadeAgain(t *testing.T) {
 	for _, refuses := range []bool{false, true} {
 		s := newElsewhere(t)
+		s.text = plainModel // of which answers are remembered longer than this takes
 		e := s.engine("s3cret")
 		until(t, e, flow.ReasonRelation)
 		s.write("user:alice", "can_pay", "account:1", true)

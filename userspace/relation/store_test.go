@@ -129,7 +129,7 @@ func TestOneProcessAtATime(t *testing.T) {
 }
 
 func TestEngineTooSlowDenies(t *testing.T) {
-	e := openEngine(t, t.TempDir(), Options{Timeout: time.Second, Parallel: 1})
+	e := openEngine(t, t.TempDir(), Options{Parallel: 1})
 	ctx := context.Background()
 	must(t, e.SetModels(ctx, []Model{{Name: "a/a", Text: testModel}}))
 	must(t, e.Write(ctx, "", tuples(t, "user:alice can_pay account:1")))

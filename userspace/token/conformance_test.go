@@ -196,6 +196,7 @@ func TestConformance(t *testing.T) {
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
 			c := check()
+			c.Now = now
 			if r.check != nil {
 				r.check(c)
 			}

@@ -268,8 +268,8 @@ func TestOpaqueAtOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 20 {
 		wg.Go(func() {
-			if _, reason, asked, err := o.verify("opaque", check()); reason != flow.ReasonOK || !asked {
-				t.Errorf("%q, %t, %v", reason, asked, err)
+			if _, reason, _, err := o.verify("opaque", check()); reason != flow.ReasonOK {
+				t.Errorf("%q, %v", reason, err)
 			}
 		})
 	}
@@ -289,7 +289,6 @@ func TestOpaqueAtOnce(t *testing.T) {
 	if _, reason, err := o.Verify([]byte("opaque"), k); reason != flow.ReasonTokenUnavailable || !errors.Is(err, context.Canceled) {
 		t.Errorf("%q, %v", reason, err)
 	}
-	time.Sleep(10 * time.Millisecond) // lets those come that have not
 	close(release)
 	wg.Wait()
 	if len(o.asked) != 1 {

@@ -165,7 +165,8 @@ func (i *Issuer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	now := time.Now()
 	claims := jwt.MapClaims{"iss": i.URL, "sub": subject, "aud": one.Form.Get("audience"), "client_id": one.Form.Get("client_id"), "scope": one.Form.Get("scope"),
-		"iat": now.Unix(), "exp": now.Add(i.Life).Unix(), "cnf": map[string]any{"x5t#S256": base64.RawURLEncoding.EncodeToString(one.Thumbprint[:])}}
+		"iat": now.Unix(), "exp": now.Add(i.Life + time.Second - 1).Unix(), // no less than was promised
+		"cnf": map[string]any{"x5t#S256": base64.RawURLEncoding.EncodeToString(one.Thumbprint[:])}}
 	if i.Pad > 0 {
 		claims["pad"] = strings.Repeat("x", i.Pad)
 	}

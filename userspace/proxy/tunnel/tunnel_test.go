@@ -277,7 +277,7 @@ func TestStalledReader(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
 		addr := serveEcho(t, e, Config{})
 		onLoop(t, e, func(task *netloop.Task) error {
-			m, err := dial(t, task, addr, Config{Stall: 300 * time.Millisecond})
+			m, err := dial(t, task, addr, Config{Stall: 2 * time.Second})
 			if err != nil {
 				return err
 			}
@@ -355,7 +355,7 @@ func TestDeadline(t *testing.T) {
 // and refuses what comes after.
 func TestDrain(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *netloop.Engine) {
-		addr := serveEcho(t, e, Config{NotAfter: time.Now().Add(time.Second)})
+		addr := serveEcho(t, e, Config{NotAfter: time.Now().Add(3 * time.Second)})
 		onLoop(t, e, func(task *netloop.Task) error {
 			m, err := dial(t, task, addr, Config{})
 			if err != nil {

@@ -23,7 +23,8 @@ func TestLoopbackCalls(t *testing.T) {
 			server(t, n.group("stream"), n.ns, "echo", ":9090")
 			n.start()
 			act(t, n.group("client"), n.ns, "idle").line(t)
-			n.served("client", "web", "stream")
+			act(t, n.group("outcast"), n.ns, "idle").line(t)
+			n.served("client", "outcast", "web", "stream")
 			for _, host := range []string{"127.0.0.1", "127.0.0.2", "::1", "0.0.0.0", addrB} {
 				url := "http://" + net.JoinHostPort(host, "8080") + "/files/hello"
 				if got := code(t, n.group("client"), n.ns, url); got != "200" {

@@ -91,7 +91,8 @@ spec: {owner: partner@partner.example, spiffeID: "spiffe://partner.example/billi
 	w := startNginx(t, n.group("web"), n.ns, 8080)
 	n.start()
 	act(t, n.group("client"), n.ns, "idle").line(t)
-	n.served("client", "web")
+	act(t, n.group("outcast"), n.ns, "idle").line(t)
+	n.served("client", "outcast", "web")
 
 	const url = "https://shop.example:8080"
 	trusting := func(more ...string) []string {
@@ -169,7 +170,8 @@ func TestTLSToTheApplication(t *testing.T) {
 	w := startNginx(t, n.group("web"), n.ns, 8080, inner.path("nginx.chain"), inner.path("nginx.key"))
 	n.start()
 	act(t, n.group("client"), n.ns, "idle").line(t)
-	n.served("client", "web")
+	act(t, n.group("outcast"), n.ns, "idle").line(t)
+	n.served("client", "outcast", "web")
 	secured := []string{"--cacert", web.path("root.pem"), "--resolve", "shop.example:8080:" + addrB}
 	for _, c := range []struct {
 		who, cgroup, url string

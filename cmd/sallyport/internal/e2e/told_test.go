@@ -105,6 +105,8 @@ func TestReplayOfTheLog(t *testing.T) {
 	t.Parallel()
 	n, _, stranger := enforced(t)
 	n.settled(stranger)
+	act(t, n.group("outcast"), n.ns, "idle").line(t)
+	n.served("outcast")
 	from := n.mark()
 	for range 3 {
 		if got := code(t, n.group("outcast"), n.ns, webURL+"/files/hello"); got != "403 no_rule" {

@@ -24,7 +24,8 @@ type Process struct {
 	In   io.WriteCloser // its standard input
 	Out  *bufio.Reader  // its standard output, nil where Start was given a file
 	cmd  *exec.Cmd
-	log  string // file with its standard error
+	out  *os.File // what Out reads
+	log  string   // file with its standard error
 }
 
 // Start runs argv in the namespace space and, if it is not "", in the cgroup
@@ -52,16 +53,18 @@ func (l *Lab) Start(space, cgroup, name string, stdout *os.File, argv ...string)
 	if p.In, err = p.cmd.StdinPipe(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	if stdout != nil {
-		p.cmd.Stdout = stdout
-	} else {
-		out, err := p.cmd.StdoutPipe()
-		if err != nil {
+	if stdout == nil {
+		// Not the command's own, which ends with the process: what it said last
+		// is read after that.
+		if p.out, stdout, err = os.Pipe(); err != nil {
 			return nil, fmt.Errorf("start %s: %w", name, err)
 		}
-		p.Out = bufio.NewReader(out)
+		defer stdout.Close()
+		p.Out = bufio.NewReader(p.out)
 	}
+	p.cmd.Stdout = stdout
 	if err := l.In(space, p.cmd.Start); err != nil {
+		p.out.Close() //nolint:errcheck // it may be none
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	go func() {
@@ -81,8 +84,10 @@ func (p *Process) CPU() time.Duration {
 	return s.UserTime() + s.SystemTime()
 }
 
-// Kill ends the process at once and waits until it is gone.
+// Kill ends the process at once and waits until it is gone; nothing more can be
+// read of its Out.
 func (p *Process) Kill() {
+	defer p.out.Close() //nolint:errcheck // it may be none
 	select {
 	case <-p.Done:
 		return
@@ -92,8 +97,10 @@ func (p *Process) Kill() {
 	<-p.Done
 }
 
-// Stop asks the process to end, and makes it after a grace.
+// Stop asks the process to end, and makes it after a grace; nothing more can be
+// read of its Out.
 func (p *Process) Stop(grace time.Duration) {
+	defer p.out.Close() //nolint:errcheck // it may be none
 	p.In.Close()
 	p.cmd.Process.Signal(unix.SIGTERM) //nolint:errcheck // it may have ended meanwhile
 	t := time.NewTimer(grace)
