@@ -60,13 +60,14 @@ func (a *Agent) readEvents(ctx context.Context) error {
 			Client: e.Source, Address: e.Destination, Decision: flow.EffectDeny.String(), Mode: flow.ModeEnforce.String(),
 			WouldDeny: !e.Enforced, Stage: flow.StageKernel.String(), Hook: e.Hook.String(), Reason: e.Reason, Cgroup: e.CgroupID,
 		}
-		rec.Policy, rec.Position = a.view.Load().blame(&e)
+		var mode flow.Mode
+		rec.Policy, rec.Position, mode = a.view.Load().blame(&e)
 		if e.Reason == flow.ReasonEgress && a.view.Load().namesHosts(e.Identity) {
 			a.hosts.Soon() // it may be an answer that is newer than ours
 		}
 		decision := rec.Decision
 		if !e.Enforced {
-			rec.Mode, decision = flow.ModeAudit.String(), "wouldDeny"
+			rec.Mode, decision = min(mode, flow.ModeAudit).String(), "wouldDeny"
 		}
 		raw, err := json.Marshal(rec)
 		if err != nil {
@@ -83,10 +84,11 @@ func (a *Agent) readEvents(ctx context.Context) error {
 }
 
 // blame names what an event goes back to: of a port that was bound or called,
-// the policy that protects it; of what a workload tried, its own document.
-func (v *view) blame(e *events.Event) (policy, position string) {
+// the policy that protects it; of what a workload tried, its own document. The
+// mode is that document's, audit where there is none.
+func (v *view) blame(e *events.Event) (policy, position string, mode flow.Mode) {
 	if v == nil {
-		return "", ""
+		return "", "", flow.ModeAudit
 	}
 	at := e.Destination
 	served := e.Hook == events.HookSteer
@@ -98,12 +100,12 @@ func (v *view) blame(e *events.Event) (policy, position string) {
 		api = v.protected[datapath.ProtectedPort{Netns: e.NetnsCookie, Port: at.Port()}]
 	}
 	if id := v.byNumber[e.Identity]; id != nil && (!served || api == nil) {
-		return "", id.Position.FileLine()
+		return "", id.Position.FileLine(), v.mode(id.Mode)
 	}
 	if api != nil {
-		return api.Name, api.Position.FileLine()
+		return api.Name, api.Position.FileLine(), v.mode(api.Mode)
 	}
-	return "", ""
+	return "", "", flow.ModeAudit
 }
 
 // namesHosts says whether the egress of an identity names hosts.
@@ -168,6 +170,7 @@ var kernelDetails = map[flow.Reason]string{
 	flow.ReasonIdentityRevoked:   "the caller's identity is revoked",
 	flow.ReasonAmbiguousIdentity: "several MachineIdentities match the workload",
 	flow.ReasonNotReady:          "the workload is not wired up yet",
+	flow.ReasonIdentityExpired:   "the caller's identity has expired",
 }
 
 // sampleRecord is a sample as `observe` shows it.

@@ -20,7 +20,7 @@ func TestBlame(t *testing.T) {
 	plan, problems := compile.Build([]load.File{{Path: "p.yaml", Content: []byte(`apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
 metadata: {name: app}
-spec: {owner: a@b.example, select: {cgroup: {path: /app}}, mayCall: [server]}
+spec: {owner: a@b.example, select: {cgroup: {path: /app}}, mode: observe, mayCall: [server]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
@@ -37,9 +37,11 @@ spec: {protect: {identity: server, ports: [80]}, rules: [{name: r, from: [app]}]
 	}
 	app, server := plan.Identities()[0], plan.Identities()[1]
 	v := &view{
-		plan: plan, byNumber: map[flow.IdentityNumber]*compile.Identity{1: app, 2: server},
+		ceiling: flow.ModeEnforce,
+		plan:    plan, byNumber: map[flow.IdentityNumber]*compile.Identity{1: app, 2: server},
 		protected: map[datapath.ProtectedPort]*compile.API{{Netns: 7, Port: 80}: plan.APIs()[0]},
 	}
+	modes := map[string]flow.Mode{"": flow.ModeAudit, "default/apip.yaml:11": flow.ModeAudit, "p.yaml:1": flow.ModeObserve}
 	here, port := netip.MustParseAddrPort("10.0.0.1:40000"), netip.MustParseAddrPort("10.0.0.2:80")
 	for _, c := range []struct {
 		name string
@@ -55,13 +57,16 @@ spec: {protect: {identity: server, ports: [80]}, rules: [{name: r, from: [app]}]
 		{"an ambiguous workload", events.Event{Hook: events.HookConnect, Identity: 9, Target: 2, Source: here, Destination: port}, "default/api p.yaml:11"},
 		{"nobody, to nobody", events.Event{Hook: events.HookSocket}, " "},
 	} {
-		policy, position := v.blame(&c.e)
+		policy, position, mode := v.blame(&c.e)
 		if got := policy + " " + position; got != c.want {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
+		if want := modes[policy+position]; mode != want {
+			t.Errorf("%s: %s, want %s", c.name, mode, want)
+		}
 	}
-	if policy, position := (*view)(nil).blame(&events.Event{}); policy+position != "" {
-		t.Error("without a view", policy, position)
+	if policy, position, mode := (*view)(nil).blame(&events.Event{}); policy+position != "" || mode != flow.ModeAudit {
+		t.Error("without a view", policy, position, mode)
 	}
 }
 

@@ -146,8 +146,13 @@ func (s *sweep) judge(netns uint64, sock *sockdiag.Socket) flow.Reason {
 		}
 		return flow.ReasonOK
 	}
-	if s.v.mode(id.Mode) == flow.ModeEnforce && theirs == nil && !s.listening[sock.Local.Port()] && !s.permitted(id, sock.Remote) {
+	switch {
+	case s.v.mode(id.Mode) != flow.ModeEnforce || theirs != nil || s.listening[sock.Local.Port()]:
+		return flow.ReasonOK
+	case !s.permitted(id, sock.Remote):
 		return flow.ReasonUntagged
+	case id.Expired(time.Now()):
+		return flow.ReasonIdentityExpired
 	}
 	return flow.ReasonOK
 }

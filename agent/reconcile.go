@@ -63,7 +63,7 @@ func (a *Agent) noteProblems(e watch.Event) {
 	}
 	a.metrics.PolicyErrors.Inc()
 	a.health.Set("policies", metrics.Degraded, fmt.Sprintf("%d errors in %s; the last good set stays in force: %s", len(refused), a.cfg.PolicyDir, refused[0]),
-		"sallyport policy validate "+a.cfg.PolicyDir)
+		fmt.Sprintf("sallyport policy validate --trust-domain %s --node %s %s", a.cfg.TrustDomain, a.cfg.Node, a.cfg.PolicyDir))
 }
 
 // workloadsChanged takes a new table of workloads. The namespaces of the one
@@ -422,6 +422,9 @@ func (a *Agent) kernelIdentity(v *view, id *compile.Identity, flags datapath.Fla
 	}
 	if v.revoked[id.ID] {
 		flags |= datapath.FlagRevoked
+	}
+	if id.Expired(time.Now()) { // the view is outdated then
+		flags |= datapath.FlagExpired
 	}
 	return datapath.Identity{Number: v.numbers[id], Mode: mode, Flags: flags}
 }

@@ -576,6 +576,45 @@ func TestDirectEndsWithTheIdentity(t *testing.T) {
 	}
 }
 
+// What egress lets out ends with the identity as well: live connections, and
+// new ones in the kernel.
+func TestEgressEndsWithTheIdentity(t *testing.T) {
+	g := newGround(t)
+	open := netip.MustParseAddrPort("192.0.2.20:443")
+	ends := time.Now().Add(6 * time.Second).UTC().Truncate(time.Second)
+	g.policy(strings.Replace(documents, "mayCall: [server, far], egress: [",
+		"expires: "+ends.Format(time.RFC3339)+", mayCall: [server, far], egress: [{cidr: 192.0.2.20/32, ports: [443]}, ", 1))
+	g.connect(nil).ready()
+	l := listen(t, testenv.NewActor(t, nil, g.other), open)
+	ctx, stop := context.WithCancel(g.current)
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = g.beat(ctx) })
+	wg.Go(func() { _ = g.tick(ctx) })
+	defer wg.Wait()
+	defer stop()
+	c, err := g.client.Dial(open)
+	must(t, err)
+	_, _, err = l.Accept()
+	must(t, err)
+	must(t, c.SetTimeout(patience))
+	if _, err := c.Recv(1); err == nil || errors.Is(err, unix.EAGAIN) {
+		t.Errorf("the connection: %v", err)
+	}
+	if d := time.Since(ends); d < 0 || d > patience {
+		t.Errorf("it ended %s after the identity", d)
+	}
+	g.reconcile(func(*inputs) {}) // not before the sweep that ended it is over
+	if n := g.metric(`sallyport_connections_closed_total{reason="identity_expired"}`); n != 1 {
+		t.Errorf("counted %v", n)
+	}
+	if _, err := g.client.Dial(open); !errors.Is(err, unix.EPERM) {
+		t.Errorf("then: %v", err)
+	}
+	if n, err := g.dp.Counters(); err != nil || n.Refused[flow.ReasonIdentityExpired] != 1 {
+		t.Errorf("the kernel refused %v, %v", n.Refused, err)
+	}
+}
+
 // A namespace in which nobody lives any more is let go of everywhere, and one
 // that comes back is wired again.
 func TestNamespacesComeAndGo(t *testing.T) {

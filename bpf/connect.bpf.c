@@ -250,6 +250,8 @@ static __always_inline enum outcome decide(struct attempt *a, struct bpf_sock_ad
 	a->target = server_of(a->e.netns, &a->e.dst, a->e.dport);
 	a->e.target = a->target;
 	if (!a->target) {
+		if (a->flags & IDENTITY_EXPIRED)
+			return refused(&a->e, REASON_IDENTITY_EXPIRED, a->mode) ? REFUSE : LEAVE;
 		if (!(a->flags & IDENTITY_EGRESS_DENY))
 			return LEAVE;
 		switch (egress_to(a->number, a->e.proto, &a->e.dst, a->e.dport)) {

@@ -71,7 +71,8 @@ const (
 	KernelCounterREASON_EGRESS           KernelCounter = 11
 	KernelCounterREASON_IDENTITY_REVOKED KernelCounter = 12
 	KernelCounterREASON_NOT_READY        KernelCounter = 13
-	KernelCounterREASON_COUNT            KernelCounter = 14
+	KernelCounterREASON_IDENTITY_EXPIRED KernelCounter = 14
+	KernelCounterREASON_COUNT            KernelCounter = 15
 	KernelCounterWOULD_REFUSE            KernelCounter = 16
 	KernelCounterCOUNT_PROXIED           KernelCounter = 32
 	KernelCounterCOUNT_DIRECT            KernelCounter = 33
@@ -225,6 +226,7 @@ const (
 	KernelIdentityFlagsIDENTITY_REVOKED     KernelIdentityFlags = 2
 	KernelIdentityFlagsIDENTITY_EGRESS_DENY KernelIdentityFlags = 4
 	KernelIdentityFlagsIDENTITY_PENDING     KernelIdentityFlags = 8
+	KernelIdentityFlagsIDENTITY_EXPIRED     KernelIdentityFlags = 16
 )
 
 type KernelIdentityValue struct {

@@ -114,7 +114,7 @@ func TestReasonsAgree(t *testing.T) {
 		bpf.KernelCounterREASON_MAP_FULL: flow.ReasonMapFull, bpf.KernelCounterREASON_FOREIGN_SOCKET: flow.ReasonForeignSocket,
 		bpf.KernelCounterREASON_BOUND_DEVICE: flow.ReasonDevice, bpf.KernelCounterREASON_SOCKET_KIND: flow.ReasonSocketKind,
 		bpf.KernelCounterREASON_EGRESS: flow.ReasonEgress, bpf.KernelCounterREASON_IDENTITY_REVOKED: flow.ReasonIdentityRevoked,
-		bpf.KernelCounterREASON_NOT_READY: flow.ReasonNotReady,
+		bpf.KernelCounterREASON_NOT_READY: flow.ReasonNotReady, bpf.KernelCounterREASON_IDENTITY_EXPIRED: flow.ReasonIdentityExpired,
 	} {
 		if got, ok := events.ReasonOf(uint8(code)); !ok || got != want {
 			t.Errorf("code %d is %q, want %q", code, got, want)

@@ -179,6 +179,8 @@ const (
 	// FlagPending refuses with ECONNREFUSED until the identity's listeners are
 	// there.
 	FlagPending = Flags(bpf.KernelIdentityFlagsIDENTITY_PENDING)
+	// FlagExpired refuses what nobody claims, whatever egress allows.
+	FlagExpired = Flags(bpf.KernelIdentityFlagsIDENTITY_EXPIRED)
 )
 
 // Identity is what the kernel knows of a workload.

@@ -220,6 +220,15 @@ func TestFlags(t *testing.T) {
 			check(open, unix.EPERM)
 		}
 	})
+	t.Run("expired", func(t *testing.T) {
+		set(FlagEgressDeny | FlagExpired)
+		must(t, n.AllowEgress(EgressRule{clientNumber, netip.MustParsePrefix("192.0.2.0/24"), 9999, unix.IPPROTO_TCP}, EgressLeave))
+		check(address4, nil) // the proxy says so
+		check(open, unix.EPERM)
+		n.event(t, flow.ReasonIdentityExpired)
+		set(FlagEgressDeny)
+		check(open, nil)
+	})
 	t.Run("the ceiling softens", func(t *testing.T) {
 		set(FlagRevoked)
 		must(t, n.SetCeiling(flow.ModeAudit))

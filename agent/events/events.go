@@ -55,6 +55,7 @@ var reasons = [...]flow.Reason{
 	flow.ReasonOK, flow.ReasonVerdictDeny, flow.ReasonBindGuard, flow.ReasonUnguarded, flow.ReasonListenerGone,
 	flow.ReasonServerGone, flow.ReasonUntagged, flow.ReasonMapFull, flow.ReasonForeignSocket, flow.ReasonDevice,
 	flow.ReasonSocketKind, flow.ReasonEgress, flow.ReasonIdentityRevoked, flow.ReasonNotReady,
+	flow.ReasonIdentityExpired,
 }
 
 // ReasonCount is one more than the largest reason code of the kernel.

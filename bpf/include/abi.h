@@ -25,6 +25,7 @@ enum identity_flags {
 	IDENTITY_REVOKED = 2, /* no connection at all */
 	IDENTITY_EGRESS_DENY = 4, /* what nobody claims only by the egress map */
 	IDENTITY_PENDING = 8, /* known to be enforced, listeners not there yet */
+	IDENTITY_EXPIRED = 16, /* nothing to what nobody claims; the rest is judged by the proxy */
 };
 
 enum action {
@@ -72,7 +73,8 @@ enum counter {
 	REASON_EGRESS = 11,
 	REASON_IDENTITY_REVOKED = 12,
 	REASON_NOT_READY = 13,
-	REASON_COUNT = 14,
+	REASON_IDENTITY_EXPIRED = 14,
+	REASON_COUNT = 15,
 
 	WOULD_REFUSE = 16,
 

@@ -136,7 +136,7 @@ const maxSteps = 128
 
 func (r *run) finish() {
 	d := r.d
-	if d.Effect == flow.EffectAllow && !r.p.tracing.Load() {
+	if d.Effect == flow.EffectAllow && !r.p.tracing.Load() && (r.api == nil || !r.env.Loop.keeps(r.now)) {
 		return
 	}
 	d.Steps = append(d.Steps, r.steps...)
@@ -182,6 +182,9 @@ func (r *run) allow() {
 	r.until(r.req.Peer.NotAfter)
 	if r.src != nil {
 		r.until(r.src.Expires)
+	}
+	if r.api != nil {
+		r.until(r.api.Identity.Expires)
 	}
 }
 
@@ -253,7 +256,12 @@ func (r *run) identity(required bool) bool {
 	return true
 }
 
+// governance holds both ends to their documents' validity.
 func (r *run) governance() bool {
+	if r.api != nil && r.api.Identity.Expired(r.now) {
+		id := r.api.Identity
+		return r.refuse(flow.StageGovernance, flow.ReasonIdentityExpired, "of the server "+id.FullName()+": owner "+id.Owner+", expired "+id.Expires.Format(time.DateOnly))
+	}
 	if r.src == nil {
 		r.step(flow.StageGovernance, flow.ReasonOK, "anonymous", "")
 		return true

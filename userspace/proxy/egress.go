@@ -66,6 +66,11 @@ type outside struct {
 // own view, and what it has to refuse counts as an attack on it.
 func (c *call) plain() {
 	c.resolve()
+	if c.enforced() && c.src != nil && c.src.Expired(time.Now()) {
+		c.begin(flow.ProtocolTCP)
+		c.fail(&refusal{flow.StageGovernance, flow.ReasonIdentityExpired, "owner " + c.src.Owner + ", expired " + c.src.Expires.Format(time.DateOnly)})
+		return
+	}
 	to := &outside{}
 	if !egress(c.src, c.dst) && (c.enforced() || verifies(c.src, c.dst.Port())) {
 		name, r := c.asksFor()

@@ -274,6 +274,26 @@ func TestEgressVerifiedInAudit(t *testing.T) {
 	})
 }
 
+// TestEgressOfTheExpired holds that a host is no more reached by who has
+// expired, whatever it proves.
+func TestEgressOfTheExpired(t *testing.T) {
+	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := newPartnered(t, goroutines, "enforce", good, roots)
+		n.proxy.SetPlan(changed(t, "mode: enforce, mayCall: [server], egress: [{cidr: 10.0.2.0/24, ports: [6000]}]",
+			`mode: enforce, expires: "2020-01-01", mayCall: [server], egress: [{host: `+partner+`, ports: [6000], tls: verify}]`), 2)
+		if _, err := n.speak(t, partner); err == nil {
+			t.Error("it reaches the host")
+		}
+		if r := n.recorded(flow.ReasonIdentityExpired); r.Stage != "governance" || r.WouldDeny {
+			t.Errorf("%+v", r)
+		}
+		if c := n.conns.Load(); c != 0 {
+			t.Errorf("the host had %d connections", c)
+		}
+	})
+}
+
 // TestEgressVerifiedBesideInAudit holds that audit holds a connection up by no
 // host that is slow to prove its name.
 func TestEgressVerifiedBesideInAudit(t *testing.T) {

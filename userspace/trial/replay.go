@@ -235,7 +235,7 @@ func (r *Replay) judge(rec *pipeline.Record, old, new scene) finding {
 		return finding{deny: true, reason: flow.ReasonNoIdentity}
 	case rec.Source != "" && src == nil:
 		return finding{deny: true, reason: flow.ReasonUnknownIdentity}
-	case src != nil && src.Expired(r.now):
+	case api.Identity.Expired(r.now), src != nil && src.Expired(r.now):
 		return finding{deny: true, reason: flow.ReasonIdentityExpired}
 	}
 	f := r.rules(rec, old, new)
