@@ -155,8 +155,8 @@ func (c *call) endTLS() bool {
 	if c.accept() != nil {
 		return false
 	}
-	if s := c.opening(c.api); s != spokenTLS {
-		return goesOn(c.api, s)
+	if c.begins(c.api) != spokenTLS {
+		return true
 	}
 	a := c.p.view.Load().apps[c.api.Name]
 	if a == nil || a.chain == nil {
@@ -179,7 +179,7 @@ func (c *call) endTLS() bool {
 	}
 	_ = c.client.SetDeadline(time.Time{})
 	cs := secured.ConnectionState()
-	c.client = secured
+	c.client, c.opening = secured, spokenUnheard
 	if c.peer.Channel != flow.ChannelPlaintext || len(cs.PeerCertificates) == 0 {
 		return true
 	}

@@ -44,7 +44,8 @@ type call struct {
 	peer      flow.Peer
 	dst       netip.AddrPort
 	targetID  string
-	ended     bool // endTLS was there already
+	opening   spoken // what its first bytes told
+	ended     bool   // endTLS was there already
 
 	resolved   bool
 	generation uint64

@@ -445,6 +445,45 @@ func TestTLSWhileObserved(t *testing.T) {
 	})
 }
 
+// TestNoWordFromTheClient holds that a client that says nothing and ends its
+// sending side hears what the server has to say: steered and of the same node,
+// also where the caller's TLS would be ended. It is judged like any other.
+func TestNoWordFromTheClient(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		for _, port := range []uint16{81, 7} {
+			for name, app := range map[string]string{"": "", "/terminate": ", app: {tls: terminate, certificate: /c.pem, key: /k.pem}"} {
+				t.Run(fmt.Sprint(port, name), func(t *testing.T) {
+					n := oneNode(t, nodeOptions{goroutines: goroutines, mode: "audit", change: atOnce})
+					n.raw(func(c *net.TCPConn) { _, _ = io.WriteString(c, "220 ready\r\n") }, port)
+					addr, fd := listener(t, "127.0.0.1:0")
+					real := netip.MustParseAddrPort(addr)
+					n.mu.Lock()
+					n.apps[real] = n.apps[serverPort(port)]
+					n.mu.Unlock()
+					protocol := map[uint16]string{81: "auto", 7: "tcp"}[port]
+					hears := func(who, at string, generation uint64, protected uint16) {
+						n.proxy.SetPlan(build(t, strings.NewReplacer("MODE", "audit", fmt.Sprintf("ports: [%d], protocol: %s", port, protocol),
+							fmt.Sprintf("ports: [%d], protocol: %s%s", protected, protocol, app)).Replace(worldPolicies)), generation)
+						c := dialTCP(t, at)
+						_ = c.CloseWrite()
+						if got, err := io.ReadAll(c); string(got) != "220 ready\r\n" {
+							t.Errorf("%s: %q %v", who, got, err)
+						}
+					}
+					hears("of the same node", n.out(clientNumber, serverPort(port)), 2, port)
+					if err := n.proxy.Serve(fd, KindInbound, serverNetns); err != nil {
+						t.Fatal(err)
+					}
+					hears("steered", addr, 3, real.Port())
+					if r := n.recorded(flow.ReasonMTLSRequired); !r.WouldDeny {
+						t.Errorf("%+v", r)
+					}
+				})
+			}
+		}
+	})
+}
+
 func testTLSWhileObserved(t *testing.T, goroutines bool, mode string, port uint16) {
 	n := oneNode(t, nodeOptions{goroutines: goroutines, mode: mode})
 	cert, err := n.leaves.Get(serverID)

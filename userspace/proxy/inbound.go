@@ -164,8 +164,7 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 	defer c.release()
 	c.netns, c.dst = ns.cookie, conn.LocalAddrPort()
 	c.peer = flow.Peer{Address: conn.RemoteAddrPort(), Channel: flow.ChannelPlaintext}
-	v := p.view.Load()
-	api := v.protected(ns.cookie, c.dst)
+	api := p.view.Load().protected(ns.cookie, c.dst)
 	if api == nil {
 		c.begin(flow.ProtocolTCP)
 		c.refuse(flow.StagePolicy, flow.ReasonNoPolicy, "a steered connection to a port that no policy protects")
@@ -180,19 +179,14 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 		return
 	}
 	defer p.give("")
-	if api.AppTLS == compile.AppTLSNone {
-		switch s := c.opening(api); {
-		case !goesOn(api, s):
+	if api.AppTLS == compile.AppTLSNone && c.begins(api) == spokenTLS {
+		c.resolve()
+		if !c.enforced() && !c.meant() {
+			c.cutOff(flow.ReasonTLSInApp, errHello.Error())
 			return
-		case s == spokenTLS:
-			c.resolve()
-			if !c.enforced() && !c.meant(v) {
-				c.cutOff(flow.ReasonTLSInApp, errHello.Error())
-				return
-			}
-			if !c.terminate(conn, ns) {
-				return
-			}
+		}
+		if !c.terminate(conn, ns) {
+			return
 		}
 	}
 	c.serve()
@@ -200,10 +194,10 @@ func (p *Proxy) steered(t *netloop.Task, conn *netloop.Conn, ns *namespace) {
 
 // meant says whether the ClientHello that has begun asks for a server name
 // of ours. Until its policy is enforced an application may speak TLS itself.
-func (c *call) meant(v *view) bool {
+func (c *call) meant() bool {
 	_ = c.client.SetReadDeadline(time.Now().Add(c.p.opt.HeadTimeout))
 	name, ok, _ := c.hello()
-	return ok && v.names[name] != nil
+	return ok && c.p.view.Load().names[name] != nil
 }
 
 // terminate takes the client's TLS, with a certificate that proves it.
@@ -215,7 +209,7 @@ func (c *call) terminate(conn *netloop.Conn, ns *namespace) bool {
 	if !ok {
 		return false
 	}
-	c.client = secured
+	c.client, c.opening = secured, spokenUnheard
 	c.peer = proven(peer, conn.RemoteAddrPort(), flow.ChannelTLS)
 	c.resolved = false
 	c.identify()

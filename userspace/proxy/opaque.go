@@ -87,7 +87,8 @@ func looksLikeTLS(b []byte) bool {
 type spoken uint8
 
 const (
-	spokenNothing spoken = iota // none came in time
+	spokenUnheard spoken = iota // nobody has looked yet
+	spokenNothing               // none came in time
 	spokenHTTP
 	spokenHTTP2
 	spokenTLS
@@ -96,8 +97,8 @@ const (
 )
 
 // detect looks at the first bytes, for at most limit. Where HTTP is expected,
-// the beginning of a request line is enough: the rest has a time limit of its
-// own.
+// the beginning of a request line is enough, and what has begun has the time
+// limit of a head.
 func (c *call) detect(limit time.Duration, expected bool) spoken {
 	s := c.look(limit, expected)
 	if s == spokenNothing {
@@ -118,8 +119,12 @@ func (c *call) look(limit time.Duration, expected bool) spoken {
 		}
 	}
 	c.getBuffer()
-	for {
+	for begun := false; ; {
 		if b := c.buf[c.r:c.w]; len(b) > 0 {
+			if expected && !begun {
+				begun = true
+				_ = c.client.SetReadDeadline(time.Now().Add(c.p.opt.HeadTimeout))
+			}
 			if looksLikeTLS(b) {
 				return spokenTLS
 			}
@@ -129,13 +134,11 @@ func (c *call) look(limit time.Duration, expected bool) spoken {
 				return spokenHTTP2
 			}
 			yes, more := http1.LooksLikeHTTP1(b)
-			if more && begins && expected {
-				// The first letter of POST is also that of the preface.
-				_ = c.client.SetReadDeadline(time.Now().Add(c.p.opt.HeadTimeout))
-			} else if !begins && (yes || more && expected && b[0] != 0x16) {
+			switch { // the first letter of POST is also that of the preface
+			case begins:
+			case yes || more && expected && b[0] != 0x16:
 				return spokenHTTP
-			}
-			if !begins && !more && (len(b) >= 3 || b[0] != 0x16) {
+			case !more && (len(b) >= 3 || b[0] != 0x16):
 				return spokenOther
 			}
 		}
@@ -169,7 +172,7 @@ func (c *call) serve() {
 		if c.accept() != nil {
 			return
 		}
-		c.serveDetected(c.opening(c.api))
+		c.serveDetected(c.begins(c.api))
 	case compile.ProtocolTLS:
 		c.servePassthrough()
 	default:
@@ -182,23 +185,23 @@ func callerFirst(api *compile.API) bool {
 	return api.Protocol == compile.ProtocolHTTP || api.Protocol == compile.ProtocolGRPC
 }
 
-// opening tells how a connection begins: as late as a request may come where the
-// caller speaks first, and else before it could be taken for waiting.
-func (c *call) opening(api *compile.API) spoken {
-	if callerFirst(api) {
-		return c.detect(c.p.opt.IdleTimeout, true)
+// begins tells how a connection begins, which is looked at once: as late as a
+// request may come where the caller speaks first, and else before it could be
+// taken for waiting.
+func (c *call) begins(api *compile.API) spoken {
+	switch {
+	case c.opening != spokenUnheard:
+	case callerFirst(api):
+		c.opening = c.detect(c.p.opt.IdleTimeout, true)
+	default:
+		c.opening = c.detect(c.p.opt.Detect, false)
 	}
-	return c.detect(c.p.opt.Detect, false)
-}
-
-// goesOn says whether a connection that begins so is one.
-func goesOn(api *compile.API, s spoken) bool {
-	return s != spokenEnd && (s != spokenNothing || !callerFirst(api))
+	return c.opening
 }
 
 func (c *call) serveDetected(s spoken) {
 	switch {
-	case !goesOn(c.api, s):
+	case callerFirst(c.api) && (s == spokenNothing || s == spokenEnd):
 	case s == spokenTLS:
 		c.cutOff(flow.ReasonTLSInApp, errHello.Error())
 	case s == spokenHTTP:

@@ -117,14 +117,21 @@ func (c *call) fail(r *refusal) {
 	c.refuseEarly()
 }
 
+// maxRefusing is how many refused callers of a loop have the time that a head
+// may take to begin; more could keep others from their places.
+const maxRefusing = 256
+
 // refuseEarly refuses a connection before anything was read of it: a client
 // that speaks HTTP is told why, others are reset.
 func (c *call) refuseEarly() {
 	patience := c.p.opt.Detect
-	if c.api != nil && callerFirst(c.api) {
+	if c.api != nil && callerFirst(c.api) && c.l.refusing < maxRefusing {
 		patience = c.p.opt.HeadTimeout
 	}
-	switch c.detect(patience, false) {
+	c.l.refusing++
+	s := c.detect(patience, false)
+	c.l.refusing--
+	switch s {
 	case spokenHTTP:
 	case spokenHTTP2:
 		c.refuseStreams()

@@ -129,6 +129,7 @@ type loop struct {
 	hosts    map[hostProofKey]*hostProof
 	calls    []*call // spare
 	spare    []*exchange
+	refusing int // calls that refuseEarly is at
 }
 
 // New returns a proxy without listeners.
