@@ -14,6 +14,7 @@ import (
 	"github.com/sallyport-dev/sallyport/userspace/line/linepb"
 	"github.com/sallyport-dev/sallyport/userspace/netloop"
 	"github.com/sallyport-dev/sallyport/userspace/obtain"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
 	"github.com/sallyport-dev/sallyport/userspace/proxy"
 	"github.com/sallyport-dev/sallyport/userspace/relation"
 	"github.com/sallyport-dev/sallyport/userspace/token"
@@ -31,7 +32,7 @@ type Status struct {
 	Recalled  uint64               `json:"cachedAnswers,omitempty"` // that stood in for a stage
 	Proxy     proxy.Stats          `json:"proxy"`
 	Issuers   []token.IssuerStatus `json:"issuers"`
-	Proofs    int                  `json:"proofs,omitempty"` // used ones that are remembered
+	Proofs    Proofs               `json:"proofs,omitzero"`
 	Relations relation.Status      `json:"relations"`
 	Leaves    []LeafStatus         `json:"leaves"`
 	Obtained  []obtain.Status      `json:"obtained,omitempty"`
@@ -47,6 +48,12 @@ type DecisionCount struct {
 	Effect   string `json:"effect"`
 	Enforced bool   `json:"enforced"`
 	Count    uint64 `json:"count"`
+}
+
+// Proofs are the used ones of DPoP and of signatures.
+type Proofs struct {
+	Remembered int    `json:"remembered"`
+	Problem    string `json:"problem,omitempty"` // why none is taken
 }
 
 // LeafStatus is the certificate that one local identity has now.
@@ -80,7 +87,7 @@ type Budget struct {
 
 func (p *process) status(in *line.Incoming) error {
 	s := Status{
-		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()), Proofs: p.proofs.Len(),
+		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()), Proofs: Proofs{p.tokens.Proofs().Len(), p.tokens.Proofs().Problem()},
 		Relations: p.relations.Status(), Obtained: p.obtained.Status(), Resident: resident(),
 	}
 	counters := p.pipeline.Counters()
@@ -118,7 +125,7 @@ func (p *process) status(in *line.Incoming) error {
 func (p *process) explain(in *line.Incoming, id string) error {
 	reply := &linepb.ExplainReply{}
 	if e, ok := p.pipeline.Explain(id); !ok {
-		reply.Error = fmt.Sprintf("no trace of request %q: traces of refusals are kept, the last few hundred of them", id)
+		reply.Error = fmt.Sprintf("no trace of request %q: kept are those of the last few hundred refusals, and of the last few hundred allowed calls, %d a second", id, pipeline.KeptAllows)
 	} else if raw, err := json.Marshal(e); err != nil {
 		reply.Error = err.Error()
 	} else {

@@ -32,6 +32,8 @@ import (
 )
 
 const (
+	// proofsEvery is how often it is tried to open the used proofs.
+	proofsEvery = 5 * time.Second
 	// openTimeout bounds opening the relation store, migrations included.
 	openTimeout = 30 * time.Second
 	// recordBatch is how many decision records go in one message.
@@ -56,7 +58,6 @@ type process struct {
 	proxy     *proxy.Proxy
 	pipeline  *pipeline.Pipeline
 	tokens    *token.Verifier
-	proofs    *token.Proofs
 	relations *relation.Engine
 	anomalies *anomaly.Scorer
 	leaves    *identity.Leaves
@@ -132,6 +133,7 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 	go p.pipeline.Run(ctx)
 	go p.report(ctx)
 	go p.save(ctx)
+	go p.reopenProofs(ctx)
 	line.Orphan{
 		Listeners:   p.proxy.CloseListeners,
 		Connections: func() { p.engine.Close() }, //nolint:errcheck // a second Close says so
@@ -144,17 +146,44 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 	return nil
 }
 
+// openProofs opens the used proofs. Where they cannot be had everything else
+// works; what needs a proof is denied, and status says why.
+func (p *process) openProofs(ctx context.Context) *token.Proofs {
+	proofs, err := token.OpenProofs(ctx, filepath.Join(p.start.GetStateDir(), "proofs"), p.boot, time.Now())
+	if err != nil {
+		return token.UnavailableProofs(err)
+	}
+	return proofs
+}
+
+// reopenProofs tries again until they can be had.
+func (p *process) reopenProofs(ctx context.Context) {
+	why := p.tokens.Proofs().Problem()
+	if why == "" {
+		return
+	}
+	p.log.Error("used proofs not opened", "err", why)
+	again := time.NewTicker(proofsEvery)
+	defer again.Stop()
+	for why != "" {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.conn.Done():
+			return
+		case <-again.C:
+			p.tokens.SetProofs(p.openProofs(ctx))
+			why = p.tokens.Proofs().Problem()
+		}
+	}
+	p.log.Info("used proofs opened")
+}
+
 func (p *process) open(ctx context.Context) error {
 	var err error
 	openCtx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	p.proofs, err = token.OpenProofs(openCtx, filepath.Join(p.start.GetStateDir(), "proofs"), p.boot, time.Now())
-	if err != nil {
-		// Everything else works; what needs a proof is denied.
-		p.log.Error("used proofs not opened", "err", err)
-		p.proofs = token.UnavailableProofs(err)
-	}
-	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Introspect: p.introspect, Proofs: p.proofs, Log: p.log})
+	p.tokens = token.New(token.Options{Refresh: p.refreshKeys, Introspect: p.introspect, Proofs: p.openProofs(openCtx), Log: p.log})
 	p.verifier = identity.NewVerifier(identity.VerifierOptions{})
 	p.leaves = identity.NewLeaves(identity.LeavesOptions{Sign: p.sign, Log: p.log})
 	p.obtained = obtain.New(obtain.Options{Leaves: p.leaves, Dial: p.dialIssuer, Roots: p.roots, Log: p.log})
@@ -225,7 +254,7 @@ func (p *process) close() {
 	if err := p.anomalies.Close(); err != nil {
 		p.log.Error("baselines not saved", "err", err)
 	}
-	p.proofs.Close() //nolint:errcheck // each was written as it came
+	p.tokens.Proofs().Close() //nolint:errcheck // each was written as it came
 }
 
 // report sends decision records to the agent as they come.

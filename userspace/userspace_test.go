@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -96,6 +97,12 @@ func startMessage(dir string, goroutines bool) *linepb.Message {
 
 func startHalf(t *testing.T, goroutines bool) *half {
 	t.Helper()
+	return startHalfIn(t, t.TempDir(), goroutines)
+}
+
+// startHalfIn is startHalf with a state directory.
+func startHalfIn(t *testing.T, dir string, goroutines bool) *half {
+	t.Helper()
 	ca, err := identity.OpenCA(identity.CAOptions{StateDir: t.TempDir(), TrustDomain: "test.sallyport", Node: "here", TPM: "none"})
 	must(t, err)
 	t.Cleanup(func() { ca.Close() })
@@ -112,7 +119,7 @@ func startHalf(t *testing.T, goroutines bool) *half {
 		h.Close()
 		<-h.ended
 	})
-	must(t, h.Notify(startMessage(t.TempDir(), goroutines)))
+	must(t, h.Notify(startMessage(dir, goroutines)))
 	select {
 	case v := <-h.ready:
 		if v != "test" {
@@ -580,5 +587,26 @@ func settle(t *testing.T, what string, most int, count func() int) {
 	}
 	if n > most {
 		t.Errorf("%d %s, %d before", n, what, most)
+	}
+}
+
+// TestProofsThatCannotBeNoted says so in its status, and takes them once they
+// can be.
+func TestProofsThatCannotBeNoted(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "proofs")
+	must(t, os.Mkdir(path, 0o700))
+	h := startHalfIn(t, dir, false)
+	if s := h.status(); !strings.Contains(s.Proofs.Problem, path) {
+		t.Errorf("%+v", s.Proofs)
+	}
+	must(t, os.Remove(path))
+	for late := time.Now().Add(patience); h.status().Proofs.Problem != ""; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(late) {
+			t.Fatalf("%+v", h.status().Proofs)
+		}
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
 	}
 }

@@ -654,6 +654,27 @@ func TestPrepareDir(t *testing.T) {
 	if st, err := os.Stat(filepath.Dir(dir)); err != nil || st.Mode().Perm() != 0o711 {
 		t.Errorf("parent %v %v", st.Mode(), err)
 	}
+	// What another user of userspace left is handed over, and nothing else.
+	own, foreign := filepath.Join(dir, "proofs"), filepath.Join(dir, "foreign")
+	outside := filepath.Join(top, "outside")
+	for path, uid := range map[string]int{own: int(testUser.UID), foreign: 4711, outside: int(testUser.UID)} {
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chown(path, uid, uid)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	twice, pointed := filepath.Join(dir, "twice"), filepath.Join(dir, "pointed")
+	if err := errors.Join(os.Link(outside, twice), os.Symlink(outside, pointed)); err != nil {
+		t.Fatal(err)
+	}
+	next := User{"next", testUser.UID + 1, testUser.GID + 1}
+	if err := next.PrepareDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]uint32{dir: next.UID, own: next.UID, foreign: 4711, outside: testUser.UID} {
+		if st, err := os.Stat(path); err != nil || st.Sys().(*syscall.Stat_t).Uid != want {
+			t.Errorf("%s: %v %v", path, st.Sys(), err)
+		}
+	}
 	closed := filepath.Join(top, "closed")
 	if err := os.Mkdir(closed, 0o700); err != nil {
 		t.Fatal(err)

@@ -6,12 +6,15 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // User is who the userspace process runs as; never root.
@@ -97,8 +100,11 @@ func find(passwd string, match func(name string, uid uint32) bool) (User, bool, 
 	return User{}, false, nil
 }
 
+// maxInherited bounds the files that are handed over.
+const maxInherited = 1024
+
 // PrepareDir makes dir, the one folder that the user may write, closed to
-// everybody else. Its parent, which is the agent's, is opened for passing
+// everybody else. What another user of userspace left there is handed over. Its parent, which is the agent's, is opened for passing
 // through (mode 0711): what the agent keeps there must each be closed itself.
 func (u User) PrepareDir(dir string) error {
 	parent := filepath.Dir(dir)
@@ -123,8 +129,43 @@ func (u User) PrepareDir(dir string) error {
 		return fmt.Errorf("open state directory of userspace: %w", err)
 	}
 	defer d.Close()
+	if err := u.inherit(d); err != nil {
+		return fmt.Errorf("hand over state of userspace: %w", err)
+	}
 	if err := errors.Join(d.Chown(int(u.UID), int(u.GID)), d.Chmod(0o700)); err != nil {
 		return fmt.Errorf("hand over state directory of userspace: %w", err)
+	}
+	return nil
+}
+
+// inherit hands the files of a folder over that its owner, who was the user
+// before, has there. That user may have put anything there: nothing but plain
+// files of its own, which no other folder has too, change hands.
+func (u User) inherit(d *os.File) error {
+	var dir, file unix.Stat_t
+	if err := unix.Fstat(int(d.Fd()), &dir); err != nil {
+		return err
+	}
+	if dir.Uid == u.UID {
+		return nil
+	}
+	names, err := d.Readdirnames(maxInherited)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	for _, name := range names {
+		fd, err := unix.Openat(int(d.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		err = unix.Fstat(fd, &file)
+		if err == nil && file.Mode&unix.S_IFMT == unix.S_IFREG && file.Nlink == 1 && file.Uid == dir.Uid {
+			err = unix.Fchownat(fd, "", int(u.UID), int(u.GID), unix.AT_EMPTY_PATH)
+		}
+		unix.Close(fd)
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }

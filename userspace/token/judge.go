@@ -134,10 +134,10 @@ func (v *Verifier) binding(t *Claims, i *issuer, c *Check, now time.Time) (flow.
 		}
 	}
 	if t.proof&cnfSigner != 0 {
-		return c.Proof.signed(t.signer, &t.KeyThumbprint, v.proofs, now)
+		return c.Proof.signed(t.signer, &t.KeyThumbprint, v.proofs.Load(), now)
 	}
 	if t.proof&cnfKey != 0 {
-		return c.Proof.of(&t.KeyThumbprint, c.raw, v.proofs, now)
+		return c.Proof.of(&t.KeyThumbprint, c.raw, v.proofs.Load(), now)
 	}
 	return flow.ReasonOK, nil
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
@@ -40,9 +41,10 @@ var (
 // Proofs remembers the proofs that were used, for as long as they could be used
 // again. It is safe for concurrent use; of 64 locks a request takes one.
 type Proofs struct {
-	since  time.Time // of what was used before nothing is known (with the monotonic clock); zero: nothing was
-	file   *os.File  // nil: in memory alone
-	broken error     // why none can be remembered, nil if they can
+	since  time.Time              // of what was used before nothing is known (with the monotonic clock); zero: nothing was
+	file   *os.File               // nil: in memory alone
+	broken error                  // why none can be remembered, nil if they can
+	failed atomic.Pointer[string] // why the last could not be noted, nil if it was
 	shards [proofShards]proofShard
 }
 
@@ -199,9 +201,25 @@ func (p *Proofs) use(id, key *[sha256.Size]byte, until, now time.Time) (flow.Rea
 	s.byKey[k]++
 	if err := p.write(n, i, u); err != nil {
 		s.forget(i, u)
+		why := err.Error()
+		p.failed.Store(&why)
 		return flow.ReasonOverload, fmt.Errorf("used proofs cannot be noted: %w", err)
 	}
+	if p.failed.Load() != nil {
+		p.failed.Store(nil)
+	}
 	return flow.ReasonOK, nil
+}
+
+// Problem says why proofs are not taken, "" where they are.
+func (p *Proofs) Problem() string {
+	if p.broken != nil {
+		return p.broken.Error()
+	}
+	if why := p.failed.Load(); why != nil {
+		return *why
+	}
+	return ""
 }
 
 // before says whether a proof of that time may have been used when nothing was

@@ -96,7 +96,7 @@ type Verifier struct {
 	cache   cache
 	issuers atomic.Pointer[map[string]*issuer]
 	revoked atomic.Pointer[revocations]
-	proofs  *Proofs
+	proofs  atomic.Pointer[Proofs]
 	mu      sync.Mutex // of those who set issuers and keys
 }
 
@@ -123,10 +123,11 @@ func New(opt Options) *Verifier {
 	if opt.Now == nil {
 		opt.Now = time.Now
 	}
-	v := &Verifier{opt: opt, log: opt.Log, proofs: opt.Proofs}
-	if v.proofs == nil {
-		v.proofs = NewProofs()
+	v := &Verifier{opt: opt, log: opt.Log}
+	if opt.Proofs == nil {
+		opt.Proofs = NewProofs()
 	}
+	v.proofs.Store(opt.Proofs)
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -135,6 +136,13 @@ func New(opt Options) *Verifier {
 	v.revoked.Store(&revocations{})
 	return v
 }
+
+// SetProofs has used proofs be remembered there from now on; what the ones
+// before knew is not taken over.
+func (v *Verifier) SetProofs(p *Proofs) { v.proofs.Store(p) }
+
+// Proofs returns where used proofs are remembered.
+func (v *Verifier) Proofs() *Proofs { return v.proofs.Load() }
 
 // SetIssuers replaces all issuers at once, or none where it returns an error.
 // An issuer whose URL is unchanged keeps its keys; one that is unchanged in
