@@ -19,8 +19,8 @@ import (
 )
 
 // keptAllows is how many allowed calls a second are also kept for `observe`
-// while nobody watches. Refusals always are.
-const keptAllows = 50
+// while nobody watches: those that can be explained. Refusals always are.
+const keptAllows = pipeline.KeptAllows
 
 // recordLog is the decision log: the records that userspace sends, one JSON
 // object a line, and the same for who observes.

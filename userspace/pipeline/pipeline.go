@@ -179,7 +179,10 @@ type Loop struct {
 	free    []*run
 	counts  counters
 	queue   queue
-	recent  recent
+	refused recent
+	allowed recent
+	second  int64 // in which kept counts
+	kept    int
 	scratch Record
 	memory  memory
 }

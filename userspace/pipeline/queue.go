@@ -6,13 +6,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/userspace/flow"
 )
 
 const (
 	queueSize  = 1024 // records of each kind that wait, a loop
-	recentSize = 512  // decisions that can be explained, a loop
+	recentSize = 512  // refusals, and as many allowed calls, that can be explained, a loop
 	slotKeep   = 4096 // bytes of a slot that are kept for reuse
 )
 
@@ -128,18 +129,34 @@ func (r *recent) put(rec *Record, steps []flow.Step) {
 	r.mu.Unlock()
 }
 
-// Explain returns a recent decision by its request id: refusals, and while
-// tracing is on the others too, the last 512 of each loop.
+// KeptAllows is how many allowed calls a second can be explained: the first of
+// a loop in each.
+const KeptAllows = 50
+
+// keeps says whether the trace of another allowed call is kept.
+func (l *Loop) keeps(now time.Time) bool {
+	if second := now.Unix(); second != l.second {
+		l.second, l.kept = second, 0
+	}
+	l.kept++
+	return l.kept <= KeptAllows
+}
+
+// Explain returns a recent decision by its request id: refusals, and of the
+// allowed calls KeptAllows a second, while tracing is on all, the last 512 each
+// of each loop.
 func (p *Pipeline) Explain(id string) (Explained, bool) {
 	var out Explained
 	found := false
 	p.eachLoop(func(l *Loop) {
-		l.recent.mu.Lock()
-		defer l.recent.mu.Unlock()
-		for i := range l.recent.items {
-			if !found && l.recent.items[i].RequestID == id {
-				out, found = l.recent.items[i], true
+		for _, r := range []*recent{&l.refused, &l.allowed} {
+			r.mu.Lock()
+			for i := range r.items {
+				if !found && r.items[i].RequestID == id {
+					out, found = r.items[i], true
+				}
 			}
+			r.mu.Unlock()
 		}
 	})
 	return out, found

@@ -189,8 +189,11 @@ func (l *Loop) Record(req *flow.Request, api *compile.API, d *flow.Decision, o O
 	r.fill(l.p, req, api, d, &o)
 	refusal := d.Effect != flow.EffectAllow
 	l.queue.put(r, refusal)
-	if refusal || len(d.Steps) > 0 {
-		l.recent.put(r, d.Steps)
+	switch {
+	case refusal:
+		l.refused.put(r, d.Steps)
+	case len(d.Steps) > 0:
+		l.allowed.put(r, d.Steps)
 	}
 	select {
 	case l.p.wake <- struct{}{}:

@@ -5,6 +5,7 @@ package pipeline
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"reflect"
 	"strings"
@@ -18,6 +19,7 @@ import (
 // values in it.
 func TestRecord(t *testing.T) {
 	w := newWorld(t, "enforce")
+	w.p.opt.Now = func() time.Time { return w.now }
 	tok := w.token()
 	r := w.request("GET /v1/payments/4711-secret?q=hunter2", bearer(tok))
 	var d flow.Decision
@@ -66,14 +68,29 @@ func TestRecord(t *testing.T) {
 	if !ok || len(e.Steps) < 4 || e.Steps[0].Stage != "channel" || e.Reason != flow.ReasonNoRule {
 		t.Errorf("explain: %+v %v", e, ok)
 	}
-	if _, ok := w.p.Explain(r.ID); ok {
-		t.Error("an allowed call is explained without tracing")
+	if e, ok := w.p.Explain(r.ID); !ok || len(e.Steps) != 5 || e.Decision != "allow" {
+		t.Errorf("an allowed call: %+v %v", e, ok)
+	}
+	// Further ones of the same second only as many, or while all are wanted.
+	call := func(id string) {
+		r.ID, r.Upgrade = id, false
+		w.p.Decide(w.env, r, src, w.api("payments"), &d)
+		w.env.Loop.Record(r, w.api("payments"), &d, Outcome{})
+	}
+	for i := range KeptAllows {
+		call(fmt.Sprint("more", i))
+	}
+	last := fmt.Sprint("more", KeptAllows-1)
+	if _, ok := w.p.Explain(last); ok {
+		t.Errorf("more than %d in a second are kept", KeptAllows)
 	}
 	w.p.SetTracing(true)
-	w.p.Decide(w.env, r, src, w.api("payments"), &d)
-	w.env.Loop.Record(r, w.api("payments"), &d, Outcome{})
-	if e, ok := w.p.Explain(r.ID); !ok || len(e.Steps) != 5 {
+	call("traced")
+	if e, ok := w.p.Explain("traced"); !ok || len(e.Steps) != 5 {
 		t.Errorf("with tracing: %+v %v", e, ok)
+	}
+	if _, ok := w.p.Explain(denied.ID); !ok {
+		t.Error("allowed calls drive a refusal out")
 	}
 }
 
@@ -150,7 +167,7 @@ func TestQueues(t *testing.T) {
 	for range 2 * recentSize {
 		l.Record(req, nil, &deny, Outcome{})
 	}
-	if n := len(l.recent.items); n != recentSize {
+	if n := len(l.refused.items); n != recentSize {
 		t.Errorf("%d decisions can be explained, at most %d", n, recentSize)
 	}
 }
