@@ -88,6 +88,9 @@ func statusText(w io.Writer, s *controlpb.StatusReply) error {
 	for _, e := range set.GetErrors() {
 		fmt.Fprintln(w, "  refused:", e)
 	}
+	for _, warning := range set.GetWarnings() {
+		fmt.Fprintln(w, " ", warning)
+	}
 	for _, p := range s.GetProblems() {
 		fmt.Fprintf(w, "%s: %s\n  what to do: %s\n", p.GetSeverity(), p.GetText(), p.GetRemedy())
 	}

@@ -135,6 +135,22 @@ func (i *Identity) MayCallIdentity(dst *Identity) bool {
 // Expired says whether the identity's validity has ended at that time.
 func (i *Identity) Expired(now time.Time) bool { return !i.Expires.IsZero() && !now.Before(i.Expires) }
 
+// Changes returns when next an identity will be about to expire or have expired,
+// which Build warns of; zero for never.
+func (p *Plan) Changes(now time.Time) (next time.Time) {
+	for _, i := range p.identities {
+		if i.Expires.IsZero() {
+			continue
+		}
+		for _, at := range []time.Time{i.Expires.Add(-expiryWarning), i.Expires} {
+			if now.Before(at) && (next.IsZero() || at.Before(next)) {
+				next = at
+			}
+		}
+	}
+	return next
+}
+
 // Selector says how the kernel recognises a workload; every field that is
 // set must match. Exactly one of All, Kubernetes, SystemdUnit and
 // CgroupPath is set.
@@ -174,6 +190,7 @@ type Issuer struct {
 	MaxLifetime     time.Duration
 	Types           []string // accepted typ values, at+jwt or JWT
 	Claims          []Claim  // that each token must have, by name
+	Bound           bool     // each token must be bound to who presents it
 	TokenURL        string   // https, "" where no tokens are obtained of it
 	// IntrospectionURL is where opaque tokens are asked about, "" for nowhere,
 	// with what the file IntrospectionCredentials holds.

@@ -28,6 +28,9 @@ const (
 // missingPoll is how often a missing folder is looked for, at most.
 const missingPoll = time.Second
 
+// thereAgain is logged when the folder has come, or come back.
+const thereAgain = "the policy folder is there"
+
 // openForWriting is logged each time that the folder is not read for it.
 const openForWriting = "a policy file is open for writing; it is waited for"
 
@@ -80,6 +83,7 @@ type Watcher struct {
 	// What the folder held when it was read last, to tell changes.
 	seenDigest   string
 	seenProblems []load.Problem
+	due          time.Time // when time alone makes the same set say something else; zero for never
 }
 
 // New returns a watcher; Run makes it work.
@@ -103,9 +107,17 @@ func (w *Watcher) Run(ctx context.Context) {
 	defer close(w.events)
 	n := newNotifier(w.opt.Dir, w.opt.Logger)
 	defer n.close()
+	there := true
 	for first := true; ; first = false {
+		before := there
 		// Watch first, read then: what changes in between is seen.
-		there := n.watch()
+		there = n.watch()
+		if there && !before {
+			w.opt.Logger.Debug(thereAgain, "folder", w.opt.Dir)
+			if !w.settle(ctx, n) { // whoever makes it may not be done
+				return
+			}
+		}
 		w.read(first)
 		poll := w.opt.Poll
 		if !there {
@@ -131,6 +143,14 @@ func (w *Watcher) wait(ctx context.Context, n *notifier, poll time.Duration) boo
 		}
 	case <-n.changes:
 	}
+	return w.settle(ctx, n)
+}
+
+// settle returns when the folder has been quiet for a while, false when the
+// context is done.
+func (w *Watcher) settle(ctx context.Context, n *notifier) bool {
+	timer := time.NewTimer(w.opt.Debounce)
+	defer timer.Stop()
 	longest, patience := time.NewTimer(10*w.opt.Debounce), time.NewTimer(100*w.opt.Debounce)
 	defer longest.Stop()
 	defer patience.Stop()
@@ -168,14 +188,19 @@ func (w *Watcher) read(first bool) {
 	if !load.HasErrors(problems) {
 		digest = load.Digest(files)
 	}
-	if !first && digest == w.seenDigest && (digest != "" || slices.Equal(problems, w.seenProblems)) {
+	due := !w.due.IsZero() && !time.Now().Before(w.due)
+	if !first && !due && digest == w.seenDigest && (digest != "" || slices.Equal(problems, w.seenProblems)) {
 		return
 	}
 	w.seenDigest, w.seenProblems = digest, problems
 	var plan *compile.Plan
+	w.due = time.Time{}
 	if digest != "" {
 		var more []load.Problem
 		plan, more = w.opt.Build(files)
+		if plan != nil {
+			w.due = plan.Changes(time.Now())
+		}
 		problems = load.Sort(slices.Concat(problems, more, w.permissions()))
 	}
 	if plan != nil && len(files) == 0 && w.holds(first) {

@@ -252,6 +252,39 @@ func TestMissingFolderIsWaitedFor(t *testing.T) {
 	h.until("b", holds(false, "b"))
 }
 
+// TestFolderThatFillsIsNoSet has a folder come back whose files come one after
+// another: the first alone is never in force.
+func TestFolderThatFillsIsNoSet(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "policies")
+	h := startQuiet(t, dir, "", time.Hour, time.Second)
+	h.until("missing", func(e Event) bool { return e.Plan == nil && e.Rejected() })
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.place("a.yaml", policy("a"))
+	h.waitFor(thereAgain)
+	h.place("b.yaml", policy("b"))
+	if e := <-h.w.Events(); !holds(false, "a", "b")(e) {
+		t.Errorf("the first set: %s", describe(e))
+	}
+}
+
+// TestTimeAloneWarns holds that a set which nobody touches warns once an
+// identity is about to expire, and stays what it is.
+func TestTimeAloneWarns(t *testing.T) {
+	h := start(t, t.TempDir(), "", 20*time.Millisecond)
+	expires := time.Now().Add(30*24*time.Hour + 5*time.Second).UTC().Format(time.RFC3339)
+	h.place("a.yaml", strings.Replace(policy("a"), "spec: {", "spec: {expires: \""+expires+"\", ", 1))
+	e := h.until("a", holds(false, "a"))
+	if len(e.Problems) != 0 {
+		t.Fatalf("warned at once: %s", describe(e))
+	}
+	later := h.until("the warning", func(e Event) bool { return len(e.Problems) > 0 })
+	if later.Plan != e.Plan || !strings.Contains(later.Problems[0].Message, "expires in less than 30 days") {
+		t.Errorf("%s", describe(later))
+	}
+}
+
 func TestLastGoodSurvivesARestartIntoABrokenFolder(t *testing.T) {
 	dir, state := t.TempDir(), t.TempDir()
 	h := start(t, dir, state, time.Hour)
