@@ -246,7 +246,7 @@ func (a *Agent) openOn(ctx context.Context, notices io.Writer) (closers []func()
 	a.watch = watch.New(watch.Options{
 		Dir: a.cfg.PolicyDir, StateDir: a.cfg.StateDir, Logger: a.log,
 		Build: func(files []load.File) (*compile.Plan, []load.Problem) {
-			return compile.Build(files, compile.Options{TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node, Domains: a.domains()})
+			return compile.Build(files, compile.Options{TrustDomain: a.cfg.TrustDomain, Node: a.cfg.Node, Domains: a.cfg.Identity.Domains()})
 		},
 	})
 	return closers, nil
@@ -277,15 +277,6 @@ func (a *Agent) openCA(notices io.Writer) error {
 		a.log.Warn("the node key is in software", "anchor", a.ca.Anchor().String())
 	}
 	return nil
-}
-
-// domains are the trust domains besides its own whose roots this node has.
-func (a *Agent) domains() []string {
-	list := []string{}
-	for _, b := range a.cfg.Identity.Bundles {
-		list = append(list, b.Domain)
-	}
-	return list
 }
 
 // readBundles reads the roots of other trust domains. Which domain a file's

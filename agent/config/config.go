@@ -75,6 +75,15 @@ type Identity struct {
 	LeafTTL    time.Duration
 }
 
+// Domains are the trust domains besides its own whose roots the node has.
+func (i *Identity) Domains() []string {
+	list := []string{}
+	for _, b := range i.Bundles {
+		list = append(list, b.Domain)
+	}
+	return list
+}
+
 // Authority is the small fleet's CA.
 type Authority struct {
 	Address string

@@ -42,6 +42,7 @@ func newValidate() *cobra.Command {
 	out := addFormat(c)
 	trustDomain := c.Flags().String("trust-domain", defaults.TrustDomain, "trust domain that IDs must be of")
 	node := c.Flags().String("node", defaults.Node, "node name in derived IDs")
+	file := c.Flags().String("config", "", "configuration file of an agent: for its trust domain, node and bundles (default: any bundles)")
 	tenant := c.Flags().String("tenant", "", "hold the documents to what a tenant of the cluster with this namespace may say")
 	contexts := c.Flags().StringSlice("context", nil, "with --tenant: a directory or file with what else the cluster has")
 	hosts := c.Flags().StringSlice("allow-url-host", nil, "with --tenant: a host that URLs may name, HOST or HOST:PORT")
@@ -58,6 +59,19 @@ func newValidate() *cobra.Command {
 			return err
 		}
 		opt := compile.Options{TrustDomain: *trustDomain, Node: *node}
+		if *file != "" {
+			cfg, err := loadConfig(*file, nil)
+			if err != nil {
+				return err
+			}
+			if !c.Flags().Changed("trust-domain") {
+				opt.TrustDomain = cfg.TrustDomain
+			}
+			if !c.Flags().Changed("node") {
+				opt.Node = cfg.Node
+			}
+			opt.Domains = cfg.Identity.Domains()
+		}
 		if *tenant != "" {
 			known, more, err := readPolicies(c.InOrStdin(), *contexts, true)
 			if err != nil {

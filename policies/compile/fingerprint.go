@@ -71,7 +71,7 @@ func (r *Rule) named(e *json.Encoder) {
 }
 
 func (i *Issuer) fingerprint(e *json.Encoder) {
-	write(e, i.FullName(), i.URL, i.JWKSURL, i.JWKSFile, i.JWKS, i.Algorithms, i.Audiences, i.MaxLifetime, i.Types, i.Claims, i.IntrospectionURL)
+	write(e, i.FullName(), i.URL, i.JWKSURL, i.JWKSFile, i.JWKS, i.Algorithms, i.Audiences, i.MaxLifetime, i.Types, i.Claims, i.Bound, i.IntrospectionURL)
 }
 
 // Fingerprint tells whether a profile asks for the same as one of another plan

@@ -36,7 +36,7 @@ func (c *compiler) compileIssuers() {
 		spec := &d.Value.Spec
 		i := &Issuer{
 			Namespace: d.Namespace, Name: d.Name, URL: spec.Issuer, Algorithms: spec.Algorithms, Audiences: spec.Audiences,
-			MaxLifetime: defaultLifetime, Types: spec.Typ, Position: d.Position(),
+			MaxLifetime: defaultLifetime, Types: spec.Typ, Bound: spec.Binding == "required", Position: d.Position(),
 		}
 		if spec.MaxLifetime != nil {
 			if i.MaxLifetime = time.Duration(*spec.MaxLifetime); i.MaxLifetime > maxLifetime {

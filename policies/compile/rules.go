@@ -217,6 +217,9 @@ func (c *compiler) callers(a *API, r *ruleSource) {
 	}
 	var lacking []string
 	for i, id := range r.from {
+		if c.tenant.stranger(id.Namespace) {
+			continue // what it says is not for the tenant to know
+		}
 		if _, ok := slices.BinarySearchFunc(id.MayCall, a.Identity, func(x, y *Identity) int { return strings.Compare(x.fullName, y.fullName) }); !ok {
 			lacking = append(lacking, `"`+r.spec.From[i]+`"`)
 		}

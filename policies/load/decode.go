@@ -165,6 +165,9 @@ func (d *decoder) list(n *yaml.Node, v reflect.Value, key *yaml.Node, f *schema.
 	case len(n.Content) == 0 && f.Name == "from":
 		d.errorf(key, `from: an empty list would match no caller or every one; write "all: true" if you mean every one`)
 		return
+	case len(n.Content) == 0 && f.Required:
+		d.errorf(key, "%s: an empty list says nothing; fill it", f.Name)
+		return
 	case len(n.Content) == 0:
 		d.errorf(key, "%s: an empty list says nothing; leave the field out or fill it", f.Name)
 		return
@@ -316,7 +319,8 @@ func (d *decoder) oneof(n *yaml.Node, f *schema.Field) {
 	if len(f.Words) == 0 || slices.Contains(f.Words, n.Value) {
 		return
 	}
-	d.errorf(n, "%s: %q is not one of %s", f.Name, shown(n.Value), strings.Join(accepted(f), ", "))
+	words := accepted(f) // all of which the message names; which was meant is for machines
+	d.report.ErrorHint(d.source.at(n), fmt.Sprintf("%s: %q is not one of %s", f.Name, shown(n.Value), strings.Join(words, ", ")), d.report.Suggest(n.Value, words))
 }
 
 // accepted are the words that this version takes.

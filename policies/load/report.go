@@ -26,7 +26,8 @@ func (r *Report) Warnf(p Position, format string, args ...any) {
 	r.add(Problem{Position: p, Severity: Warning, Message: fmt.Sprintf(format, args...), Suggestion: suggestion(args)})
 }
 
-// ErrorHint adds an error whose text has the hint somewhere inside.
+// ErrorHint adds an error whose text has the hint somewhere inside, or names all
+// that it could be.
 func (r *Report) ErrorHint(p Position, message string, h Hint) {
 	r.add(Problem{Position: p, Severity: Error, Message: message, Suggestion: h.Name})
 }

@@ -142,6 +142,7 @@ var comments = map[string]string{
 	"TokenIssuerSpec":                   "TokenIssuerSpec is what a TokenIssuer says.",
 	"TokenIssuerSpec.Algorithms":        "Algorithms are the signature algorithms (RFC 7518, RFC 8037) that are accepted; never none, never a MAC. Required with jwks.",
 	"TokenIssuerSpec.Audiences":         "Audiences, where given, are the only ones that a rule may ask for.",
+	"TokenIssuerSpec.Binding":           "Binding says whether each of its tokens must be bound to who presents it (cnf, RFC 7800), whatever a rule says; optional if absent.",
 	"TokenIssuerSpec.Claims":            "Claims are claims that each of its tokens must have, with one of the values that are listed; a text stands for a list of one.",
 	"TokenIssuerSpec.Introspection":     "Introspection says where tokens that are no JWTs are asked about (RFC 7662).",
 	"TokenIssuerSpec.Issuer":            "Issuer is the exact value of a token's iss.",

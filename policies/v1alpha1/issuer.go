@@ -23,6 +23,9 @@ type TokenIssuerSpec struct {
 	// Claims are claims that each of its tokens must have, with one of the
 	// values that are listed; a text stands for a list of one.
 	Claims map[string]Words `json:"claims"`
+	// Binding says whether each of its tokens must be bound to who presents it
+	// (cnf, RFC 7800), whatever a rule says; optional if absent.
+	Binding string `json:"binding" oneof:"required|optional"`
 	// Introspection says where tokens that are no JWTs are asked about (RFC
 	// 7662).
 	Introspection *Introspection `json:"introspection"`

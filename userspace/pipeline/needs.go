@@ -18,7 +18,7 @@ func Issuers(plan *compile.Plan) []token.Issuer {
 		}
 		issuers = append(issuers, token.Issuer{
 			Name: i.FullName(), URL: i.URL, Algorithms: i.Algorithms, Audiences: i.Audiences,
-			Types: i.Types, MaxLifetime: i.MaxLifetime, Require: require,
+			Types: i.Types, MaxLifetime: i.MaxLifetime, Require: require, RequireBinding: i.Bound,
 			Introspect: i.IntrospectionURL != "", NoKeys: !i.HasKeys(),
 		})
 	}

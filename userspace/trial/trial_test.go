@@ -18,7 +18,7 @@ const policies = `
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
 metadata: {name: checkout, namespace: shop}
-spec: {owner: a@b.example, expires: "2030-01-01", select: {systemd: {unit: checkout.service}}, mode: MODE, mayCall: [payments, guarded, db]}
+spec: {owner: a@b.example, expires: "2030-01-01", select: {systemd: {unit: checkout.service}}, mode: MODE, mayCall: [payments, guarded, db, strict]}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: MachineIdentity
@@ -41,9 +41,19 @@ metadata: {name: db, namespace: shop}
 spec: {owner: a@b.example, select: {systemd: {unit: db.service}}, endpoints: ["192.0.2.9:5432"]}
 ---
 apiVersion: sallyport.dev/v1alpha1
+kind: MachineIdentity
+metadata: {name: strict, namespace: shop}
+spec: {owner: a@b.example, expires: "2029-06-01", select: {systemd: {unit: strict.service}}, endpoints: ["192.0.2.9:8083"]}
+---
+apiVersion: sallyport.dev/v1alpha1
 kind: TokenIssuer
 metadata: {name: sso, namespace: shop}
 spec: {issuer: "https://sso.example", jwks: {url: "https://sso.example/jwks"}, algorithms: [ALGORITHM], maxLifetime: 10m}
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: TokenIssuer
+metadata: {name: binding, namespace: shop}
+spec: {issuer: "https://binding.example", jwks: {url: "https://binding.example/jwks"}, algorithms: [ALGORITHM], binding: required}
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: RelationModel
@@ -77,6 +87,13 @@ spec:
   protect: {identity: guarded, ports: [8081], protocol: http}
   posture: prod
   rules: [{name: any, from: [checkout]}]
+---
+apiVersion: sallyport.dev/v1alpha1
+kind: APIPolicy
+metadata: {name: strict, namespace: shop}
+spec:
+  protect: {identity: strict, ports: [8083], protocol: http}
+  rules: [{name: any, from: [checkout], token: {issuer: binding, audience: strict}}]
 ---
 apiVersion: sallyport.dev/v1alpha1
 kind: APIPolicy
@@ -114,6 +131,9 @@ cases:
   - {name: forged, without: [token], headers: ["X-Account: a1", "Authorization: Bearer e30.e30.AA"], expect: {decision: deny, stage: token}}
   - {name: another's token, token: {scopes: [write], bound: other, claims: {sub: alice}}, expect: {decision: deny, reason: token_binding}}
   - {name: unbound, token: {scopes: [write], bound: none, claims: {sub: alice}}, expect: {decision: deny, reason: token_unbound}}
+  - {name: of an issuer that binds, to: strict, token: {bound: caller}, expect: allow}
+  - {name: unbound of an issuer that binds, to: strict, token: {bound: none}, expect: {decision: deny, reason: token_unbound}}
+  - {name: expired server, to: strict, now: 2029-07-01, token: {bound: caller}, expect: {decision: deny, reason: identity_expired}}
   - {name: no scope, token: {claims: {sub: alice}}, expect: {decision: deny, reason: token_scope}}
   - {name: old, token: {scopes: [write], age: 6m, claims: {sub: alice}}, expect: {decision: deny, reason: token_expired}}
   - {name: too long, token: {scopes: [write], lifetime: 11m, claims: {sub: alice}}, expect: {decision: deny, reason: token_lifetime}}
