@@ -72,12 +72,25 @@ func TestToldWhy(t *testing.T) {
 		t.Errorf("explain says %s", trace)
 	}
 
-	// A refusal of the kernel.
+	// An allowed call.
 	from := n.mark()
+	if got := n.get(); got != "200" {
+		t.Fatal(got)
+	}
+	r := n.decided(from, "an allowed call", func(r *record) bool { return r.Decision == "allow" && r.Source == n.id("client") })
+	trace = n.mustRun("explain", r.RequestID)
+	for _, want := range []string{"allow by stage policy", "rule read, shop.yaml:", "identity    -  ", "governance  -  "} {
+		if !strings.Contains(trace, want) {
+			t.Errorf("explain of an allowed call does not say %q: %s", want, trace)
+		}
+	}
+
+	// A refusal of the kernel.
+	from = n.mark()
 	if out, err := say(t, n.group("client"), n.ns, "127.0.0.1:9", ""); err == nil {
 		t.Errorf("the client got %q from a port that nobody has", out)
 	}
-	r := n.decided(from, "the egress of the client", func(r *record) bool { return r.Reason == "egress" && r.RequestID != "" })
+	r = n.decided(from, "the egress of the client", func(r *record) bool { return r.Reason == "egress" && r.RequestID != "" })
 	trace = n.mustRun("explain", r.RequestID)
 	for _, want := range []string{"deny by stage kernel, egress: ", "shop.yaml:", "what to do: " + flow.ReasonsURL + "egress"} {
 		if !strings.Contains(trace, want) {
@@ -96,6 +109,32 @@ func TestToldWhy(t *testing.T) {
 	told = n.mustRun("explain", "--policies", "running", "--from", "client", "--to", "web", "--port", "8080", "GET", "/nothing")
 	if !strings.Contains(told, "no_rule") || !strings.Contains(told, "the nearest first") {
 		t.Errorf("explain says %s", told)
+	}
+}
+
+// TestExpired holds that a workload whose identity has expired calls nothing of
+// ours and nothing that its egress lists, and that status warned of it.
+func TestExpired(t *testing.T) {
+	t.Parallel()
+	n, _, stranger := enforced(t)
+	n.settled(stranger)
+	const doc = "mayCall: [web, stream]}"
+	n.change(func() {
+		n.policy("shop.yaml", strings.Replace(shopIn("enforce"), doc, `mayCall: [web, stream], expires: "2020-01-01", egress: [{cidr: 127.0.0.1/32, ports: [9]}]}`, 1))
+	})
+	from := n.mark()
+	if out, err := say(t, n.group("client"), n.ns, "127.0.0.1:9", ""); err == nil {
+		t.Errorf("the client got %q from a port that nobody has", out)
+	}
+	r := n.decided(from, "the egress of the client", func(r *record) bool { return r.Reason == "identity_expired" && r.Stage == "kernel" })
+	if trace := n.mustRun("explain", r.RequestID); !strings.Contains(trace, "deny by stage kernel, identity_expired: ") {
+		t.Errorf("explain says %s", trace)
+	}
+	if got := n.get(); got != "403 identity_expired" {
+		t.Errorf("a call: %s", got)
+	}
+	if status := n.mustRun("status"); !strings.Contains(status, "warning: shop.yaml:") || !strings.Contains(status, "has expired: it is denied") {
+		t.Errorf("status says %s", status)
 	}
 }
 
