@@ -5,7 +5,9 @@ package agent
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/sallyport-dev/sallyport/agent/datapath"
 	"github.com/sallyport-dev/sallyport/agent/events"
@@ -96,5 +98,29 @@ func TestEveryKernelReasonHasAText(t *testing.T) {
 		if !ok || kernelDetails[reason] == "" {
 			t.Errorf("%s has no text", reason)
 		}
+	}
+}
+
+// TestOutdated holds that a view is made anew when an identity expires, and
+// when a clock that is set back makes one valid again.
+func TestOutdated(t *testing.T) {
+	at := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+	var docs strings.Builder
+	for i, e := range []string{"", `expires: "2029-12-31T23:00:00Z", `, `expires: "2030-01-01T01:00:00Z", `, `expires: "2020-01-01T00:00:00Z", `} {
+		fmt.Fprintf(&docs, "---\napiVersion: sallyport.dev/v1alpha1\nkind: MachineIdentity\nmetadata: {name: i%d}\nspec: {owner: o, %sselect: {cgroup: {path: /%[1]d}}}\n", i, e)
+	}
+	plan, problems := compile.Build([]load.File{{Path: "p.yaml", Content: []byte(docs.String())}}, compile.Options{})
+	if plan == nil {
+		t.Fatal(problems)
+	}
+	v := &view{plan: plan}
+	v.expired, v.expires = expiries(plan, at)
+	for after, want := range map[time.Duration]bool{0: false, -time.Hour: false, -time.Hour - time.Second: true, time.Hour - time.Second: false, time.Hour: true} {
+		if got := v.outdated(at.Add(after)); got != want {
+			t.Errorf("%s later: %v", after, got)
+		}
+	}
+	if (&view{}).outdated(at) || (*view)(nil).outdated(at) {
+		t.Error("without expiries")
 	}
 }

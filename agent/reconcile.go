@@ -264,8 +264,9 @@ func (a *Agent) makeView() (*view, error) {
 		byNumber: map[flow.IdentityNumber]*compile.Identity{}, numbers: map[*compile.Identity]flow.IdentityNumber{},
 		local: map[*compile.Identity]bool{}, homes: homesOf(plan, a.in.table), protected: map[datapath.ProtectedPort]*compile.API{},
 		namespaces: map[uint64]*namespace{}, addresses: map[netip.Addr][]uint64{}, revoked: a.in.revoked,
-		disputed: map[datapath.ProtectedPort]flow.Mode{}, expires: firstExpiry(plan, time.Now()),
+		disputed: map[datapath.ProtectedPort]flow.Mode{},
 	}
+	v.expired, v.expires = expiries(plan, time.Now())
 	for _, id := range plan.Identities() {
 		n, err := a.dp.AllocateNumber(id.ID)
 		if err != nil {

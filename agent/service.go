@@ -316,7 +316,7 @@ func (a *Agent) fetchCounters(ctx context.Context) {
 		s.recalled = st.Recalled
 	}
 	a.health.Check("tokens", metrics.Degraded, notObtained(st.Obtained), "see tokenURL of the TokenIssuer, and whether it knows the client by its certificate")
-	a.health.Check("proofs", metrics.Degraded, textError(st.Proofs.Problem), "mend what it says of the state directory's userspace/proofs; what needs a proof is denied meanwhile, and it is tried again")
+	a.health.Check("proofs", metrics.Degraded, textError(st.Proofs.Problem), "mend what it says of userspace/proofs in the state directory, which must be its user's; what needs a proof is denied meanwhile, and it is tried again")
 	a.health.Check("relations", metrics.Degraded, textError(st.Relations.Problem), "see the log; what needs a relation is denied")
 }
 

@@ -547,7 +547,7 @@ spec:
 // A live direct connection ends when its caller's validity does.
 func TestDirectEndsWithTheIdentity(t *testing.T) {
 	g := newGround(t)
-	ends := time.Now().Add(6 * time.Second).UTC().Truncate(time.Second)
+	ends := time.Now().Add(10 * time.Second).UTC().Truncate(time.Second)
 	g.policy(strings.Replace(documents, "mayCall: [server, far], egress", "expires: "+ends.Format(time.RFC3339)+", mayCall: [server, far], egress", 1))
 	h := g.connect(nil).ready()
 	l := listen(t, g.server, serverAt)
@@ -581,7 +581,7 @@ func TestDirectEndsWithTheIdentity(t *testing.T) {
 func TestEgressEndsWithTheIdentity(t *testing.T) {
 	g := newGround(t)
 	open := netip.MustParseAddrPort("192.0.2.20:443")
-	ends := time.Now().Add(6 * time.Second).UTC().Truncate(time.Second)
+	ends := time.Now().Add(10 * time.Second).UTC().Truncate(time.Second)
 	g.policy(strings.Replace(documents, "mayCall: [server, far], egress: [",
 		"expires: "+ends.Format(time.RFC3339)+", mayCall: [server, far], egress: [{cidr: 192.0.2.20/32, ports: [443]}, ", 1))
 	g.connect(nil).ready()

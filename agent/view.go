@@ -53,6 +53,7 @@ type view struct {
 	// of their modes. They are not among the protected ones.
 	disputed map[datapath.ProtectedPort]flow.Mode
 	expires  time.Time // when an identity's validity ends next, zero for never
+	expired  time.Time // when the last one's did, zero for none
 }
 
 // elsewhere leaves out what resolves to an address of this node: whoever
@@ -64,20 +65,27 @@ func (v *view) elsewhere(resolved map[string][]netip.Addr) map[string][]netip.Ad
 	return resolved
 }
 
-// outdated says whether time alone has made the view another.
+// outdated says whether time alone has made the view another, also by a clock
+// that was set back.
 func (v *view) outdated(now time.Time) bool {
-	return v != nil && !v.expires.IsZero() && !now.Before(v.expires)
+	return v != nil && (!v.expires.IsZero() && !now.Before(v.expires) || now.Before(v.expired))
 }
 
-// firstExpiry returns when the first of those identities that are still valid
-// will not be any more.
-func firstExpiry(plan *compile.Plan, now time.Time) (first time.Time) {
+// expiries returns when the last of those identities that are not valid any
+// more expired, and when the first that are will; zero for none.
+func expiries(plan *compile.Plan, now time.Time) (last, first time.Time) {
 	for _, id := range plan.Identities() {
-		if now.Before(id.Expires) && (first.IsZero() || id.Expires.Before(first)) {
+		switch {
+		case id.Expires.IsZero():
+		case id.Expired(now):
+			if id.Expires.After(last) {
+				last = id.Expires
+			}
+		case first.IsZero() || id.Expires.Before(first):
 			first = id.Expires
 		}
 	}
-	return first
+	return last, first
 }
 
 // without returns the view for who is still there, less what is revoked now;
@@ -87,7 +95,8 @@ func (v *view) without(table *workload.Table, revoked map[string]bool) *view {
 		return nil
 	}
 	w := *v
-	w.revoked, w.expires = revoked, firstExpiry(v.plan, time.Now())
+	w.revoked = revoked
+	w.expired, w.expires = expiries(v.plan, time.Now())
 	w.namespaces = map[uint64]*namespace{}
 	for _, n := range table.Netns {
 		if ns := v.namespaces[n.Cookie()]; ns != nil {

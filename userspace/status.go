@@ -87,7 +87,7 @@ type Budget struct {
 
 func (p *process) status(in *line.Incoming) error {
 	s := Status{
-		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()), Proofs: Proofs{p.tokens.Proofs().Len(), p.tokens.Proofs().Problem()},
+		Version: p.version, Engine: p.engine.Stats(), Proxy: p.proxy.Stats(), Issuers: p.tokens.Status(time.Now()), Proofs: Proofs{p.tokens.Proofs().Len(), p.tokens.Proofs().Problem(time.Now())},
 		Relations: p.relations.Status(), Obtained: p.obtained.Status(), Resident: resident(),
 	}
 	counters := p.pipeline.Counters()

@@ -158,14 +158,13 @@ func (p *process) openProofs(ctx context.Context) *token.Proofs {
 
 // reopenProofs tries again until they can be had.
 func (p *process) reopenProofs(ctx context.Context) {
-	why := p.tokens.Proofs().Problem()
-	if why == "" {
+	if !p.tokens.Proofs().Unavailable() {
 		return
 	}
-	p.log.Error("used proofs not opened", "err", why)
+	p.log.Error("used proofs not opened", "err", p.tokens.Proofs().Problem(time.Now()))
 	again := time.NewTicker(proofsEvery)
 	defer again.Stop()
-	for why != "" {
+	for p.tokens.Proofs().Unavailable() {
 		select {
 		case <-ctx.Done():
 			return
@@ -173,7 +172,6 @@ func (p *process) reopenProofs(ctx context.Context) {
 			return
 		case <-again.C:
 			p.tokens.SetProofs(p.openProofs(ctx))
-			why = p.tokens.Proofs().Problem()
 		}
 	}
 	p.log.Info("used proofs opened")

@@ -26,6 +26,7 @@ type notifier struct {
 	mu sync.Mutex
 	// writing are the files that were written to and are still open for it.
 	writing map[string]struct{}
+	gone    int // the watch that went with its folder last, -1 for none
 }
 
 // maxWriting bounds how many files are followed while they are written.
@@ -35,7 +36,7 @@ const watched = unix.IN_CLOSE_WRITE | unix.IN_MODIFY | unix.IN_ATTRIB | unix.IN_
 	unix.IN_MOVED_TO | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR
 
 func newNotifier(dir string, logger *slog.Logger) *notifier {
-	n := &notifier{dir: dir, changes: make(chan struct{}, 1), wd: -1, done: make(chan struct{}), writing: map[string]struct{}{}}
+	n := &notifier{dir: dir, changes: make(chan struct{}, 1), wd: -1, gone: -1, done: make(chan struct{}), writing: map[string]struct{}{}}
 	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
 	if err != nil {
 		logger.Warn("watch policy folder: no inotify, polling alone; raise fs.inotify.max_user_instances", "error", err)
@@ -71,7 +72,7 @@ func (n *notifier) follow(events []byte) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for len(events) >= unix.SizeofInotifyEvent {
-		mask := binary.NativeEndian.Uint32(events[4:])
+		wd, mask := int(int32(binary.NativeEndian.Uint32(events))), binary.NativeEndian.Uint32(events[4:])
 		size := binary.NativeEndian.Uint32(events[12:])
 		events = events[unix.SizeofInotifyEvent:]
 		if uint64(size) > uint64(len(events)) {
@@ -79,6 +80,9 @@ func (n *notifier) follow(events []byte) {
 		}
 		name := string(bytes.TrimRight(events[:size], "\x00"))
 		events = events[size:]
+		if mask&unix.IN_IGNORED != 0 {
+			n.gone = wd
+		}
 		switch {
 		case mask&(unix.IN_Q_OVERFLOW|unix.IN_IGNORED) != 0:
 			clear(n.writing)
@@ -99,15 +103,19 @@ func (n *notifier) busy() bool {
 }
 
 // watch makes sure that the folder which bears the name now is the one that
-// is watched, and says whether there is one.
-func (n *notifier) watch() bool {
+// is watched, and says whether there is one, and whether it is another than
+// before. One that is made again may have the number of the old one.
+func (n *notifier) watch() (there, another bool) {
 	var st unix.Stat_t
 	if err := unix.Stat(n.dir, &st); err != nil {
 		n.forget()
-		return false
+		return false, false
 	}
-	if n.file == nil || n.wd >= 0 && st.Ino == n.inode && st.Dev == n.dev {
-		return true
+	n.mu.Lock()
+	gone := n.gone == n.wd
+	n.mu.Unlock()
+	if n.file == nil || n.wd >= 0 && !gone && st.Ino == n.inode && st.Dev == n.dev {
+		return true, false
 	}
 	n.forget()
 	n.control(func(fd int) {
@@ -117,7 +125,7 @@ func (n *notifier) watch() bool {
 		}
 		n.wd, n.inode, n.dev = wd, st.Ino, st.Dev
 	})
-	return true
+	return true, true
 }
 
 func (n *notifier) forget() {

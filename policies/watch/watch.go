@@ -109,10 +109,10 @@ func (w *Watcher) Run(ctx context.Context) {
 	defer n.close()
 	there := true
 	for first := true; ; first = false {
-		before := there
+		before, another := there, false
 		// Watch first, read then: what changes in between is seen.
-		there = n.watch()
-		if there && !before {
+		there, another = n.watch()
+		if there && !first && (another || !before) {
 			w.opt.Logger.Debug(thereAgain, "folder", w.opt.Dir)
 			if !w.settle(ctx, n) { // whoever makes it may not be done
 				return
@@ -197,9 +197,10 @@ func (w *Watcher) read(first bool) {
 	w.due = time.Time{}
 	if digest != "" {
 		var more []load.Problem
+		now := time.Now() // before Build: what it has not warned of is to come
 		plan, more = w.opt.Build(files)
 		if plan != nil {
-			w.due = plan.Changes(time.Now())
+			w.due = plan.Changes(now)
 		}
 		problems = load.Sort(slices.Concat(problems, more, w.permissions()))
 	}

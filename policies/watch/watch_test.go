@@ -4,6 +4,7 @@ package watch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -256,24 +257,41 @@ func TestMissingFolderIsWaitedFor(t *testing.T) {
 // another: the first alone is never in force.
 func TestFolderThatFillsIsNoSet(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "policies")
-	h := startQuiet(t, dir, "", time.Hour, time.Second)
+	h := startQuiet(t, dir, "", time.Hour, 2*time.Second)
 	h.until("missing", func(e Event) bool { return e.Plan == nil && e.Rejected() })
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	fill := func(first, second string) {
+		t.Helper()
+		aside := filepath.Join(t.TempDir(), "policies")
+		if err := errors.Join(os.Mkdir(aside, 0o755), os.WriteFile(filepath.Join(aside, first+".yaml"), []byte(policy(first)), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		select { // the log keeps a line
+		case <-h.said:
+		default:
+		}
+		if err := os.Rename(aside, dir); err != nil {
+			t.Fatal(err)
+		}
+		h.waitFor(thereAgain)
+		h.place(second+".yaml", policy(second))
+		e := h.until("a set", func(e Event) bool { return !e.Rejected() }) // it may have been seen to be gone
+		if !holds(false, first, second)(e) {
+			t.Errorf("the set of %s and %s: %s", first, second, describe(e))
+		}
+	}
+	fill("a", "b")
+	// Another in its place, before it was seen to be gone.
+	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
-	h.place("a.yaml", policy("a"))
-	h.waitFor(thereAgain)
-	h.place("b.yaml", policy("b"))
-	if e := <-h.w.Events(); !holds(false, "a", "b")(e) {
-		t.Errorf("the first set: %s", describe(e))
-	}
+	fill("c", "d")
 }
 
 // TestTimeAloneWarns holds that a set which nobody touches warns once an
 // identity is about to expire, and stays what it is.
 func TestTimeAloneWarns(t *testing.T) {
 	h := start(t, t.TempDir(), "", 20*time.Millisecond)
-	expires := time.Now().Add(30*24*time.Hour + 5*time.Second).UTC().Format(time.RFC3339)
+	expires := time.Now().Add(30*24*time.Hour + 8*time.Second).UTC().Format(time.RFC3339)
 	h.place("a.yaml", strings.Replace(policy("a"), "spec: {", "spec: {expires: \""+expires+"\", ", 1))
 	e := h.until("a", holds(false, "a"))
 	if len(e.Problems) != 0 {

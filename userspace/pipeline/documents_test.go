@@ -278,6 +278,7 @@ func TestDecisionsAgainstDocuments(t *testing.T) {
 	const sets, calls = 500, 60
 	w := newWorld(t, "enforce")
 	keys := w.jwks
+	w.tokens = token.New(token.Options{Now: func() time.Time { return w.now }})
 	if err := w.relations.SetModels(t.Context(), []relation.Model{{Name: "default/shop", Text: worldModel}}); err != nil {
 		t.Fatal(err)
 	}

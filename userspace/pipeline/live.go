@@ -53,7 +53,7 @@ func newLive() *Live {
 	return l
 }
 
-// Add registers a stream and returns the handle for Update and Remove. A
+// Add registers a stream and returns the handle for SetUntil and Remove. A
 // revocation that came between the decision and Add is caught by comparing
 // Pipeline.Generation before the decision and after Add.
 func (l *Live) Add(s Stream) uint64 {
@@ -65,12 +65,12 @@ func (l *Live) Add(s Stream) uint64 {
 	return h
 }
 
-// Update replaces what a stream rests on, after a later decision.
-func (l *Live) Update(h uint64, d *flow.Decision, issued time.Time) {
+// SetUntil replaces when a stream ends, zero for never, after a later decision.
+func (l *Live) SetUntil(h uint64, until time.Time) {
 	sh := &l.shards[h%liveShards]
 	sh.mu.Lock()
 	if s := sh.m[h]; s != nil {
-		s.Subjects, s.Until, s.Issued = d.Subjects, d.Until, issued
+		s.Until = until
 	}
 	sh.mu.Unlock()
 }

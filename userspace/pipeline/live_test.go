@@ -59,7 +59,7 @@ func TestLiveExpires(t *testing.T) {
 	if got != "" {
 		t.Error("closed early")
 	}
-	p.Live().Update(h, &flow.Decision{Until: now.Add(time.Hour)}, now)
+	p.Live().SetUntil(h, now.Add(time.Hour))
 	p.live.closeExpired(now.Add(time.Minute))
 	if got != "" {
 		t.Error("closed although a later decision renewed it")

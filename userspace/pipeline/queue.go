@@ -133,13 +133,13 @@ func (r *recent) put(rec *Record, steps []flow.Step) {
 // a loop in each.
 const KeptAllows = 50
 
-// keeps says whether the trace of another allowed call is kept.
+// keeps says whether the trace of another allowed call is kept, should it be
+// recorded.
 func (l *Loop) keeps(now time.Time) bool {
 	if second := now.Unix(); second != l.second {
 		l.second, l.kept = second, 0
 	}
-	l.kept++
-	return l.kept <= KeptAllows
+	return l.kept < KeptAllows
 }
 
 // Explain returns a recent decision by its request id: refusals, and of the

@@ -193,6 +193,7 @@ func (l *Loop) Record(req *flow.Request, api *compile.API, d *flow.Decision, o O
 	case refusal:
 		l.refused.put(r, d.Steps)
 	case len(d.Steps) > 0:
+		l.kept++
 		l.allowed.put(r, d.Steps)
 	}
 	select {

@@ -243,7 +243,7 @@ func newWorld(t testing.TB, mode string) *world {
 	}
 	w.newTokens()
 	var err error
-	if w.relations, err = relation.Open(t.Context(), relation.Options{StateDir: t.TempDir()}); err != nil {
+	if w.relations, err = relation.Open(t.Context(), relation.Options{StateDir: t.TempDir(), Timeout: time.Minute}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.relations.Close() })

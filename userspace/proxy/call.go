@@ -45,6 +45,7 @@ type call struct {
 	dst       netip.AddrPort
 	targetID  string
 	opening   spoken // what its first bytes told
+	waited    bool   // for them as long as for a request
 	ended     bool   // endTLS was there already
 
 	resolved   bool
@@ -305,16 +306,21 @@ func (c *call) dialApplication(t *netloop.Task, host string, speaks []string) (n
 
 // lives is what a decision allowed, as it is registered.
 func (c *call) lives(d *flow.Decision, issued time.Time, enforced bool) pipeline.Stream {
-	s := pipeline.Stream{Subjects: d.Subjects, Serial: c.peer.Serial, Issued: issued, Until: d.Until}
+	s := pipeline.Stream{Subjects: d.Subjects, Serial: c.peer.Serial, Issued: issued, Until: c.until(d, enforced)}
 	s.Subjects[0] = c.peer.ID
-	if !s.Until.IsZero() && s.Until.Equal(c.peer.NotAfter) {
-		// What is under way may end in order while the tunnel drains.
-		s.Until = s.Until.Add(c.p.opt.DrainTimeout)
-	}
-	if !enforced {
-		s.Until = time.Time{}
-	}
 	return s
+}
+
+// until is when what a decision allowed is to end, zero for never.
+func (c *call) until(d *flow.Decision, enforced bool) time.Time {
+	switch {
+	case !enforced:
+		return time.Time{}
+	case !d.Until.IsZero() && d.Until.Equal(c.peer.NotAfter):
+		// What is under way may end in order while the tunnel drains.
+		return d.Until.Add(c.p.opt.DrainTimeout)
+	}
+	return d.Until
 }
 
 // cut is why something live is to be ended, from before its own loop hears of
@@ -394,8 +400,12 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 	} else {
 		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, &d)
 	}
-	if c.serial == serial && c.round == round && d.Refused() {
+	switch {
+	case c.serial != serial || c.round != round:
+	case d.Refused():
 		c.end(endOf(d.Reason))
+	default:
+		c.p.opt.Pipeline.Live().SetUntil(c.handle, c.until(&d, c.enforced()))
 	}
 }
 

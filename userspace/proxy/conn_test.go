@@ -723,6 +723,56 @@ func TestPolicyChangeInResponse(t *testing.T) {
 	})
 }
 
+// TestRenewed holds that a connection ends when the validity of either end does
+// as the documents say it now, not as they said when it was made.
+func TestRenewed(t *testing.T) {
+	for _, who := range []string{"client", "server"} {
+		t.Run(who, func(t *testing.T) {
+			t.Parallel()
+			in := oneNode(t, nodeOptions{})
+			app := in
+			if who == "client" { // and it is judged where it leaves
+				in, app = twoNodes(t, nodeOptions{})
+			}
+			app.raw(echo, 7)
+			go app.pipeline.Run(t.Context())
+			set := func(expires time.Time, generation uint64) {
+				old := `spiffeID: "spiffe://example.org/` + who + `",`
+				p := changed(t, old, old+` expires: "`+expires.UTC().Format(time.RFC3339)+`",`)
+				for _, n := range []*node{in, app} {
+					n.proxy.SetPlan(p, generation)
+				}
+			}
+			soon := time.Now().Add(4 * time.Second)
+			set(soon, 2)
+			addr := in.out(clientNumber, serverPort(7))
+			kept, cut := dialTCP(t, addr), dialTCP(t, addr)
+			says := func(c *net.TCPConn) error {
+				if _, err := io.WriteString(c, "x"); err != nil {
+					return err
+				}
+				_, err := io.ReadFull(c, make([]byte, 1))
+				return err
+			}
+			if err := errors.Join(says(kept), says(cut)); err != nil {
+				t.Fatal(err)
+			}
+			set(soon.Add(time.Hour), 3)
+			for time.Now().Before(soon.Add(1500 * time.Millisecond)) { // it is looked at once a second
+				if err := says(kept); err != nil {
+					t.Fatalf("the renewed: %v", err)
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+			set(time.Now().Add(2*time.Second), 4)
+			if _, err := cut.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("what ends sooner: %v", err)
+			}
+			app.recorded(flow.ReasonExpired)
+		})
+	}
+}
+
 // TestRotation has leaves that live four seconds under traffic; nothing may
 // be lost.
 func TestRotation(t *testing.T) {

@@ -139,7 +139,7 @@ func (c *call) asksFor() (host string, r *refusal) {
 		patience = c.p.opt.Detect // a client that listens first must not wait for us
 	}
 	switch c.detect(patience, false) {
-	case spokenEnd:
+	case spokenEnd, spokenGone:
 		return "", nil
 	case spokenTLS:
 	default:
@@ -299,19 +299,30 @@ func (c *call) watchOutside(to *outside) bool {
 		protocol = flow.ProtocolTLS
 	}
 	c.begin(protocol)
-	c.d = flow.Decision{Effect: flow.EffectAllow, Enforced: c.enforced(), Steps: c.d.Steps[:0]}
-	if c.src != nil {
-		c.d.Until = c.src.Expires
-	}
+	c.d = flow.Decision{Effect: flow.EffectAllow, Enforced: c.enforced(), Steps: c.d.Steps[:0], Until: c.expires()}
 	c.outside = to
 	return c.watch(true)
 }
 
+// expires is when the caller's validity ends, zero for never.
+func (c *call) expires() time.Time {
+	if c.src == nil {
+		return time.Time{}
+	}
+	return c.src.Expires
+}
+
 // recheckOutside ends one that a new connection would not become any more.
 func (c *call) recheckOutside(t *netloop.Task, serial uint64) {
-	to, nobodys := c.outside, c.targetID == "" && c.p.view.Load().claimed(c.dst) == nil
-	switch {
-	case !c.enforced(), nobodys && egress(c.src, c.dst):
+	to := c.outside
+	c.p.opt.Pipeline.Live().SetUntil(c.handle, c.until(&flow.Decision{Until: c.expires()}, c.enforced()))
+	switch nobodys := c.targetID == "" && c.p.view.Load().claimed(c.dst) == nil; {
+	case !c.enforced():
+		return
+	case c.src != nil && c.src.Expired(time.Now()):
+		c.end(flow.ReasonExpired)
+		return
+	case nobodys && egress(c.src, c.dst):
 		return
 	case nobodys && to.host != "" && verifiesHost(c.src, to.host, c.dst.Port()):
 		if to.proven {

@@ -280,8 +280,18 @@ func TestEgressOfTheExpired(t *testing.T) {
 	good, roots := hostCertificate(t, partner, time.Now().Add(time.Hour))
 	eachEngine(t, func(t *testing.T, goroutines bool) {
 		n := newPartnered(t, goroutines, "enforce", good, roots)
+		live, err := n.speak(t, partner)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.conns.Store(0)
 		n.proxy.SetPlan(changed(t, "mode: enforce, mayCall: [server], egress: [{cidr: 10.0.2.0/24, ports: [6000]}]",
 			`mode: enforce, expires: "2020-01-01", mayCall: [server], egress: [{host: `+partner+`, ports: [6000], tls: verify}]`), 2)
+		n.pipeline.SetPlan(n.proxy.view.Load().plan)
+		if _, err := live.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("what was open goes on: %v", err)
+		}
+		n.recorded(flow.ReasonExpired)
 		if _, err := n.speak(t, partner); err == nil {
 			t.Error("it reaches the host")
 		}

@@ -371,8 +371,12 @@ func (x *exchange) recheck(t *netloop.Task) {
 	req.ProvenKey = x.d.ProvenKey
 	var d flow.Decision
 	c.p.opt.Pipeline.Decide(pipeline.Env{Loop: c.l.judge, Task: t}, &req, c.src, c.api, &d)
-	if x.serial == serial && d.Refused() {
+	switch {
+	case x.serial != serial:
+	case d.Refused():
 		x.end(endOf(d.Reason))
+	default:
+		c.p.opt.Pipeline.Live().SetUntil(x.handle, c.until(&d, x.enforced()))
 	}
 }
 

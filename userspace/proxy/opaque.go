@@ -93,7 +93,8 @@ const (
 	spokenHTTP2
 	spokenTLS
 	spokenOther
-	spokenEnd // the client ended it without a word
+	spokenEnd  // the client said nothing and ended its sending side
+	spokenGone // the client has gone
 )
 
 // detect looks at the first bytes, for at most limit. Where HTTP is expected,
@@ -115,7 +116,7 @@ func (c *call) look(limit time.Duration, expected bool) spoken {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return spokenNothing
 		case err != nil:
-			return spokenEnd
+			return spokenGone
 		}
 	}
 	c.getBuffer()
@@ -151,8 +152,10 @@ func (c *call) look(limit time.Duration, expected bool) spoken {
 			return spokenNothing
 		case errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.EOF) && c.w > c.r:
 			return spokenOther
-		default:
+		case errors.Is(err, io.EOF):
 			return spokenEnd
+		default:
+			return spokenGone
 		}
 	}
 }
@@ -164,7 +167,7 @@ func (c *call) serve() {
 		c.serveOpaque(flow.ProtocolTCP)
 		return
 	}
-	if !c.endTLS() {
+	if !c.endTLS() || c.opening == spokenGone {
 		return
 	}
 	switch c.api.Protocol {
@@ -189,19 +192,20 @@ func callerFirst(api *compile.API) bool {
 // request may come where the caller speaks first, and else before it could be
 // taken for waiting.
 func (c *call) begins(api *compile.API) spoken {
-	switch {
-	case c.opening != spokenUnheard:
-	case callerFirst(api):
-		c.opening = c.detect(c.p.opt.IdleTimeout, true)
-	default:
-		c.opening = c.detect(c.p.opt.Detect, false)
+	first := callerFirst(api)
+	if c.opening == spokenUnheard || c.opening == spokenNothing && first && !c.waited { // as the policy was then
+		if c.waited = first; first {
+			c.opening = c.detect(c.p.opt.IdleTimeout, true)
+		} else {
+			c.opening = c.detect(c.p.opt.Detect, false)
+		}
 	}
 	return c.opening
 }
 
 func (c *call) serveDetected(s spoken) {
 	switch {
-	case callerFirst(c.api) && (s == spokenNothing || s == spokenEnd):
+	case s == spokenGone, callerFirst(c.api) && (s == spokenNothing || s == spokenEnd):
 	case s == spokenTLS:
 		c.cutOff(flow.ReasonTLSInApp, errHello.Error())
 	case s == spokenHTTP:
@@ -255,7 +259,7 @@ func (c *call) servePassthrough() {
 		return
 	}
 	s := c.detect(c.p.opt.HeadTimeout, false)
-	if s == spokenEnd {
+	if s == spokenEnd || s == spokenGone {
 		return
 	}
 	if s != spokenTLS {

@@ -124,14 +124,7 @@ const maxRefusing = 256
 // refuseEarly refuses a connection before anything was read of it: a client
 // that speaks HTTP is told why, others are reset.
 func (c *call) refuseEarly() {
-	patience := c.p.opt.Detect
-	if c.api != nil && callerFirst(c.api) && c.l.refusing < maxRefusing {
-		patience = c.p.opt.HeadTimeout
-	}
-	c.l.refusing++
-	s := c.detect(patience, false)
-	c.l.refusing--
-	switch s {
+	switch c.refusedBegins() {
 	case spokenHTTP:
 	case spokenHTTP2:
 		c.refuseStreams()
@@ -145,6 +138,16 @@ func (c *call) refuseEarly() {
 		c.req.Method = methodOf(c.head.Method)
 	}
 	c.deny(false)
+}
+
+// refusedBegins tells how a refused connection begins.
+func (c *call) refusedBegins() spoken {
+	if c.api == nil || !callerFirst(c.api) || c.l.refusing >= maxRefusing {
+		return c.detect(c.p.opt.Detect, false)
+	}
+	c.l.refusing++
+	defer func() { c.l.refusing-- }()
+	return c.detect(c.p.opt.HeadTimeout, false)
 }
 
 // unprotected ends a call to a local identity's port that no policy protects:

@@ -41,10 +41,10 @@ var (
 // Proofs remembers the proofs that were used, for as long as they could be used
 // again. It is safe for concurrent use; of 64 locks a request takes one.
 type Proofs struct {
-	since  time.Time              // of what was used before nothing is known (with the monotonic clock); zero: nothing was
-	file   *os.File               // nil: in memory alone
-	broken error                  // why none can be remembered, nil if they can
-	failed atomic.Pointer[string] // why the last could not be noted, nil if it was
+	since  time.Time               // of what was used before nothing is known (with the monotonic clock); zero: nothing was
+	file   *os.File                // nil: in memory alone
+	broken error                   // why none can be remembered, nil if they can
+	failed atomic.Pointer[failure] // of the last to be noted, nil if it was
 	shards [proofShards]proofShard
 }
 
@@ -201,8 +201,7 @@ func (p *Proofs) use(id, key *[sha256.Size]byte, until, now time.Time) (flow.Rea
 	s.byKey[k]++
 	if err := p.write(n, i, u); err != nil {
 		s.forget(i, u)
-		why := err.Error()
-		p.failed.Store(&why)
+		p.failed.Store(&failure{err.Error(), now})
 		return flow.ReasonOverload, fmt.Errorf("used proofs cannot be noted: %w", err)
 	}
 	if p.failed.Load() != nil {
@@ -211,13 +210,25 @@ func (p *Proofs) use(id, key *[sha256.Size]byte, until, now time.Time) (flow.Rea
 	return flow.ReasonOK, nil
 }
 
+// failure is why a proof could not be noted.
+type failure struct {
+	why string
+	at  time.Time
+}
+
+// failureCounts is for how long one is told where no other proof comes.
+const failureCounts = time.Minute
+
+// Unavailable says whether no proof is taken until others are set.
+func (p *Proofs) Unavailable() bool { return p.broken != nil }
+
 // Problem says why proofs are not taken, "" where they are.
-func (p *Proofs) Problem() string {
+func (p *Proofs) Problem(now time.Time) string {
 	if p.broken != nil {
 		return p.broken.Error()
 	}
-	if why := p.failed.Load(); why != nil {
-		return *why
+	if f := p.failed.Load(); f != nil && now.Sub(f.at) < failureCounts {
+		return f.why
 	}
 	return ""
 }
