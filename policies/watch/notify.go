@@ -112,9 +112,9 @@ func (n *notifier) watch() (there, another bool) {
 		return false, false
 	}
 	n.mu.Lock()
-	gone := n.gone == n.wd
+	same := st.Ino == n.inode && st.Dev == n.dev && (n.wd < 0 || n.gone != n.wd)
 	n.mu.Unlock()
-	if n.file == nil || n.wd >= 0 && !gone && st.Ino == n.inode && st.Dev == n.dev {
+	if n.file == nil || n.wd >= 0 && same {
 		return true, false
 	}
 	n.forget()
@@ -123,9 +123,10 @@ func (n *notifier) watch() (there, another bool) {
 		if err != nil {
 			return // polling sees the folder
 		}
-		n.wd, n.inode, n.dev = wd, st.Ino, st.Dev
+		n.wd = wd
 	})
-	return true, true
+	n.inode, n.dev = st.Ino, st.Dev
+	return true, !same
 }
 
 func (n *notifier) forget() {

@@ -112,11 +112,13 @@ func (w *Watcher) Run(ctx context.Context) {
 		before, another := there, false
 		// Watch first, read then: what changes in between is seen.
 		there, another = n.watch()
-		if there && !first && (another || !before) {
+		for there && !first && (another || !before) {
 			w.opt.Logger.Debug(thereAgain, "folder", w.opt.Dir)
 			if !w.settle(ctx, n) { // whoever makes it may not be done
 				return
 			}
+			before = true
+			there, another = n.watch() // it may be another by now
 		}
 		w.read(first)
 		poll := w.opt.Poll

@@ -119,7 +119,7 @@ func (h *harness) place(name, content string) {
 // in between.
 func (h *harness) until(what string, want func(Event) bool) Event {
 	h.t.Helper()
-	timeout := time.After(10 * time.Second)
+	timeout := time.After(30 * time.Second)
 	var last Event
 	for {
 		select {
@@ -291,7 +291,7 @@ func TestFolderThatFillsIsNoSet(t *testing.T) {
 // identity is about to expire, and stays what it is.
 func TestTimeAloneWarns(t *testing.T) {
 	h := start(t, t.TempDir(), "", 20*time.Millisecond)
-	expires := time.Now().Add(30*24*time.Hour + 8*time.Second).UTC().Format(time.RFC3339)
+	expires := time.Now().Add(30*24*time.Hour + 6*time.Second).UTC().Format(time.RFC3339)
 	h.place("a.yaml", strings.Replace(policy("a"), "spec: {", "spec: {expires: \""+expires+"\", ", 1))
 	e := h.until("a", holds(false, "a"))
 	if len(e.Problems) != 0 {

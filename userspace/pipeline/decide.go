@@ -136,7 +136,7 @@ const maxSteps = 128
 
 func (r *run) finish() {
 	d := r.d
-	if d.Effect == flow.EffectAllow && !r.p.tracing.Load() && (r.api == nil || !r.env.Loop.keeps(r.now)) {
+	if d.Effect == flow.EffectAllow && !r.p.tracing.Load() && (r.api == nil || r.env.Again || !r.env.Loop.keeps(r.now)) {
 		return
 	}
 	d.Steps = append(d.Steps, r.steps...)

@@ -53,7 +53,7 @@ func newLive() *Live {
 	return l
 }
 
-// Add registers a stream and returns the handle for SetUntil and Remove. A
+// Add registers a stream and returns the handle for Update and Remove. A
 // revocation that came between the decision and Add is caught by comparing
 // Pipeline.Generation before the decision and after Add.
 func (l *Live) Add(s Stream) uint64 {
@@ -65,12 +65,12 @@ func (l *Live) Add(s Stream) uint64 {
 	return h
 }
 
-// SetUntil replaces when a stream ends, zero for never, after a later decision.
-func (l *Live) SetUntil(h uint64, until time.Time) {
+// Update replaces what a stream rests on, after a later decision.
+func (l *Live) Update(h uint64, subjects [4]string, until time.Time) {
 	sh := &l.shards[h%liveShards]
 	sh.mu.Lock()
 	if s := sh.m[h]; s != nil {
-		s.Until = until
+		s.Subjects, s.Until = subjects, until
 	}
 	sh.mu.Unlock()
 }

@@ -59,7 +59,7 @@ func TestLiveExpires(t *testing.T) {
 	if got != "" {
 		t.Error("closed early")
 	}
-	p.Live().SetUntil(h, now.Add(time.Hour))
+	p.Live().Update(h, [4]string{}, now.Add(time.Hour))
 	p.live.closeExpired(now.Add(time.Minute))
 	if got != "" {
 		t.Error("closed although a later decision renewed it")

@@ -168,6 +168,9 @@ func (Direct) Block(f func()) { f() }
 type Env struct {
 	Loop *Loop
 	Task Blocker
+	// Again says that what was decided before is judged again: it is not
+	// recorded.
+	Again bool
 }
 
 // Loop is the part of a Pipeline that belongs to one event loop: scratch

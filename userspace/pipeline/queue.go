@@ -136,7 +136,8 @@ const KeptAllows = 50
 // keeps says whether the trace of another allowed call is kept, should it be
 // recorded.
 func (l *Loop) keeps(now time.Time) bool {
-	if second := now.Unix(); second != l.second {
+	// What waited meanwhile has an older time; a clock may be set back.
+	if second := now.Unix(); second > l.second || second < l.second-60 {
 		l.second, l.kept = second, 0
 	}
 	return l.kept < KeptAllows

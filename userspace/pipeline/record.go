@@ -192,7 +192,7 @@ func (l *Loop) Record(req *flow.Request, api *compile.API, d *flow.Decision, o O
 	switch {
 	case refusal:
 		l.refused.put(r, d.Steps)
-	case len(d.Steps) > 0:
+	case len(d.Steps) > 0 && (l.kept < KeptAllows || l.p.tracing.Load()):
 		l.kept++
 		l.allowed.put(r, d.Steps)
 	}

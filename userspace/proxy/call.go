@@ -88,9 +88,12 @@ type call struct {
 	pumpErr error
 	pumped  netloop.Event
 
-	handle uint64      // in pipeline.Live, 0 while there is none
-	cut    *cut        // of what handle stands for
-	reason flow.Reason // why it was ended from outside
+	handle uint64 // in pipeline.Live, 0 while there is none
+	cut    *cut   // of what handle stands for
+	// watches counts what handle has stood for, looks how often it was judged
+	// again: of those that overlap the last one counts.
+	watches, looks uint64
+	reason         flow.Reason // why it was ended from outside
 }
 
 // newCall takes a spare call of the loop.
@@ -306,21 +309,30 @@ func (c *call) dialApplication(t *netloop.Task, host string, speaks []string) (n
 
 // lives is what a decision allowed, as it is registered.
 func (c *call) lives(d *flow.Decision, issued time.Time, enforced bool) pipeline.Stream {
-	s := pipeline.Stream{Subjects: d.Subjects, Serial: c.peer.Serial, Issued: issued, Until: c.until(d, enforced)}
+	s := pipeline.Stream{Subjects: d.Subjects, Serial: c.peer.Serial, Issued: issued, Until: d.Until}
 	s.Subjects[0] = c.peer.ID
+	if !s.Until.IsZero() && s.Until.Equal(c.peer.NotAfter) {
+		// What is under way may end in order while the tunnel drains.
+		s.Until = s.Until.Add(c.p.opt.DrainTimeout)
+	}
+	if !enforced {
+		s.Until = time.Time{}
+	}
 	return s
 }
 
-// until is when what a decision allowed is to end, zero for never.
-func (c *call) until(d *flow.Decision, enforced bool) time.Time {
-	switch {
-	case !enforced:
-		return time.Time{}
-	case !d.Until.IsZero() && d.Until.Equal(c.peer.NotAfter):
-		// What is under way may end in order while the tunnel drains.
-		return d.Until.Add(c.p.opt.DrainTimeout)
-	}
-	return d.Until
+// restsOn has what is registered end with what a later decision rests on.
+func (c *call) restsOn(handle uint64, d *flow.Decision, enforced bool) {
+	s := c.lives(d, time.Time{}, enforced)
+	c.p.opt.Pipeline.Live().Update(handle, s.Subjects, s.Until)
+}
+
+// watchRequests is watch for a connection of which each request is judged by
+// itself: it rests on none of their decisions.
+func (c *call) watchRequests() bool {
+	c.d.Until, c.d.Subjects = time.Time{}, [4]string{}
+	c.sent = c.sent[:0]
+	return c.watch(false)
 }
 
 // cut is why something live is to be ended, from before its own loop hears of
@@ -339,7 +351,8 @@ func (c *cut) reason() flow.Reason {
 // watch registers the call, so that it ends when what allowed it ends. It
 // returns false where that has happened meanwhile.
 func (c *call) watch(opaque bool) bool {
-	engine, loop, serial := c.t.Engine(), c.t.Loop(), c.serial
+	c.watches++
+	engine, loop, serial, watch := c.t.Engine(), c.t.Loop(), c.serial, c.watches
 	s, cut := c.lives(&c.d, c.req.Time, c.enforced()), &cut{}
 	c.cut = cut
 	s.Kill = func(reason flow.Reason) {
@@ -353,7 +366,7 @@ func (c *call) watch(opaque bool) bool {
 	if opaque || len(c.sent) > 0 {
 		s.Recheck = func() {
 			engine.Post(loop, func(t *netloop.Task) {
-				if c.serial == serial {
+				if c.serial == serial && c.watches == watch {
 					c.recheck(t, serial)
 				}
 			})
@@ -381,7 +394,8 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 		c.recheckOutside(t, serial)
 		return
 	}
-	now, round := time.Now(), c.round
+	c.looks++
+	now, round, watch, look := time.Now(), c.round, c.watches, c.looks
 	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.req.Peer, Destination: c.dst, Protocol: c.req.Protocol, Host: c.host}
 	if len(c.sent) > 0 {
 		var h http1.Request
@@ -394,18 +408,19 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 		req.Authority, req.TLS, req.ProvenKey = text(h.Authority), c.req.TLS, c.d.ProvenKey
 	}
 	var d flow.Decision
-	env := pipeline.Env{Loop: c.l.judge, Task: t}
+	env := pipeline.Env{Loop: c.l.judge, Task: t, Again: true}
 	if c.leaving {
 		c.p.opt.Pipeline.DecideOutbound(env, &req, c.src, c.target, c.fromMode, &d)
 	} else {
 		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, &d)
 	}
 	switch {
-	case c.serial != serial || c.round != round:
+	case c.serial != serial || c.round != round || c.watches != watch || c.looks != look:
+		// It is over, or somebody has looked since.
 	case d.Refused():
 		c.end(endOf(d.Reason))
 	default:
-		c.p.opt.Pipeline.Live().SetUntil(c.handle, c.until(&d, c.enforced()))
+		c.restsOn(c.handle, &d, c.enforced())
 	}
 }
 

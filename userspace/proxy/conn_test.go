@@ -14,6 +14,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"os"
@@ -726,12 +727,13 @@ func TestPolicyChangeInResponse(t *testing.T) {
 // TestRenewed holds that a connection ends when the validity of either end does
 // as the documents say it now, not as they said when it was made.
 func TestRenewed(t *testing.T) {
-	for _, who := range []string{"client", "server"} {
-		t.Run(who, func(t *testing.T) {
+	for _, name := range []string{"client", "server", "client of another node"} {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			who, _, far := strings.Cut(name, " ")
 			in := oneNode(t, nodeOptions{})
 			app := in
-			if who == "client" { // and it is judged where it leaves
+			if far {
 				in, app = twoNodes(t, nodeOptions{})
 			}
 			app.raw(echo, 7)
@@ -743,10 +745,38 @@ func TestRenewed(t *testing.T) {
 					n.proxy.SetPlan(p, generation)
 				}
 			}
-			soon := time.Now().Add(4 * time.Second)
+			soon := time.Now().Add(6 * time.Second)
 			set(soon, 2)
-			addr := in.out(clientNumber, serverPort(7))
-			kept, cut := dialTCP(t, addr), dialTCP(t, addr)
+			app.app(http.HandlerFunc(reflect), 80)
+			app.app2(http.HandlerFunc(reflect), 81)
+			web, web2, addr := in.out(clientNumber, serverPort(80)), in.out(clientNumber, serverPort(81)), in.out(clientNumber, serverPort(7))
+			kept, cut, one := dialTCP(t, addr), dialTCP(t, addr), dialTCP(t, web)
+			two := http2Client(t)
+			asks := func(reused bool) {
+				t.Helper()
+				if resp, err := ask(t, one, "GET /a HTTP/1.1\r\nHost: a\r\n\r\n"); err != nil || resp.StatusCode != 200 {
+					t.Errorf("over HTTP/1.1: %+v %v", resp, err)
+				}
+				trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+					if i.Reused != reused {
+						t.Errorf("HTTP/2: reused %v", i.Reused)
+					}
+				}}
+				req, err := http.NewRequestWithContext(httptrace.WithClientTrace(t.Context(), trace), "GET", "http://"+web2+"/a", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if resp, err := two.Do(req); err != nil || resp.StatusCode != 200 {
+					t.Errorf("over HTTP/2: %+v %v", resp, err)
+				} else {
+					io.Copy(io.Discard, resp.Body) //nolint:errcheck // it is short
+					resp.Body.Close()
+				}
+			}
+			asks(false)
+			for _, c := range []*net.TCPConn{kept, cut, one} {
+				_ = c.SetDeadline(time.Now().Add(40 * time.Second))
+			}
 			says := func(c *net.TCPConn) error {
 				if _, err := io.WriteString(c, "x"); err != nil {
 					return err
@@ -764,7 +794,8 @@ func TestRenewed(t *testing.T) {
 				}
 				time.Sleep(50 * time.Millisecond)
 			}
-			set(time.Now().Add(2*time.Second), 4)
+			asks(true)
+			set(time.Now().Add(5*time.Second), 4)
 			if _, err := cut.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("what ends sooner: %v", err)
 			}

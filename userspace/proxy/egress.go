@@ -315,7 +315,7 @@ func (c *call) expires() time.Time {
 // recheckOutside ends one that a new connection would not become any more.
 func (c *call) recheckOutside(t *netloop.Task, serial uint64) {
 	to := c.outside
-	c.p.opt.Pipeline.Live().SetUntil(c.handle, c.until(&flow.Decision{Until: c.expires()}, c.enforced()))
+	c.restsOn(c.handle, &flow.Decision{Until: c.expires()}, c.enforced())
 	switch nobodys := c.targetID == "" && c.p.view.Load().claimed(c.dst) == nil; {
 	case !c.enforced():
 		return

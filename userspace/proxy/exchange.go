@@ -59,6 +59,7 @@ type exchange struct {
 	fault   error       // of what the client sent, or of nobody taking it
 	handle  uint64      // in pipeline.Live, 0 while there is none
 	cut     *cut        // of what handle stands for
+	looks   uint64      // how often it was judged again
 	reason  flow.Reason // why it was ended from outside
 }
 
@@ -72,10 +73,16 @@ func (c *call) newExchange(t *netloop.Task, s *http2.Stream) *exchange {
 		x = &exchange{}
 		x.onClient, x.onApp = x.clientEnded, x.appEnded
 	}
-	c.resolve()
 	x.c, x.t, x.s = c, t, s
-	x.src, x.target, x.api, x.generation = c.src, c.target, c.api, c.generation
+	x.resolve()
 	return x
+}
+
+// resolve looks up who is meant, as policies are now.
+func (x *exchange) resolve() {
+	c := x.c
+	c.resolve()
+	x.src, x.target, x.api, x.generation = c.src, c.target, c.api, c.generation
 }
 
 // finish ends both streams and the use of the exchange. A response that is
@@ -363,26 +370,31 @@ func (x *exchange) watch() bool {
 
 // recheck judges the request again.
 func (x *exchange) recheck(t *netloop.Task) {
-	c, serial, now := x.c, x.serial, time.Now()
-	c.resolve()
+	x.looks++
+	c, serial, look, now := x.c, x.serial, x.looks, time.Now()
+	x.resolve()
 	req := c.request(c.l.judge.NewID(now), now, x.req.Protocol)
 	x.describe(&req)
 	req.Headers = slices.Clone(req.Headers) // their storage is the exchange's
 	req.ProvenKey = x.d.ProvenKey
 	var d flow.Decision
-	c.p.opt.Pipeline.Decide(pipeline.Env{Loop: c.l.judge, Task: t}, &req, c.src, c.api, &d)
+	c.p.opt.Pipeline.Decide(pipeline.Env{Loop: c.l.judge, Task: t, Again: true}, &req, x.src, x.api, &d)
 	switch {
-	case x.serial != serial:
+	case x.serial != serial || x.looks != look: // it is over, or somebody has looked since
 	case d.Refused():
 		x.end(endOf(d.Reason))
 	default:
-		c.p.opt.Pipeline.Live().SetUntil(x.handle, c.until(&d, x.enforced()))
+		x.resolve()
+		c.restsOn(x.handle, &d, x.enforced())
 	}
 }
 
 // end resets both streams. Clients of gRPC read the code as PERMISSION_DENIED.
 func (x *exchange) end(reason flow.Reason) {
-	if x.reason != flow.ReasonOK || !x.enforced() {
+	if x.reason != flow.ReasonOK {
+		return
+	}
+	if x.resolve(); !x.enforced() {
 		return
 	}
 	x.reason = reason

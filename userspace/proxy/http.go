@@ -19,7 +19,7 @@ import (
 // in the buffer.
 func (c *call) serveHTTP() {
 	c.resolve()
-	if !c.watch(false) {
+	if !c.watchRequests() {
 		return
 	}
 	for {

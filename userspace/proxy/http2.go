@@ -54,7 +54,7 @@ func (c *call) settings() http2.Config {
 // serveHTTP2 serves the streams of a connection whose preface was received.
 func (c *call) serveHTTP2() {
 	c.resolve()
-	if !c.watch(false) {
+	if !c.watchRequests() {
 		return
 	}
 	if len(c.add) > 0 {

@@ -109,10 +109,7 @@ func (a *response) relay(head bool) (bool, error) {
 		return false, err
 	}
 	if a.lasting {
-		// The connection outlives what allowed this request.
-		c.d.Until, c.d.Subjects = time.Time{}, [4]string{}
-		c.sent = c.sent[:0]
-		c.watch(false)
+		c.watchRequests()
 	}
 	if a.r != a.w {
 		// More than the response: whose it is cannot be said.
