@@ -23,10 +23,6 @@ import (
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
-	"github.com/sallyport-dev/sallyport/userspace/flow"
-	"github.com/sallyport-dev/sallyport/userspace/identity"
-	"github.com/sallyport-dev/sallyport/userspace/pipeline"
-	"github.com/sallyport-dev/sallyport/userspace/token"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -35,6 +31,12 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/sallyport-dev/sallyport/policies/compile"
+	"github.com/sallyport-dev/sallyport/userspace/flow"
+	"github.com/sallyport-dev/sallyport/userspace/identity"
+	"github.com/sallyport-dev/sallyport/userspace/pipeline"
+	"github.com/sallyport-dev/sallyport/userspace/token"
 )
 
 // echoService is what the application of these tests serves. Its bodies are
@@ -489,6 +491,42 @@ func TestGRPCRevocation(t *testing.T) {
 		}
 		<-e.ended
 	})
+}
+
+// TestGRPCModes holds that a stream is judged again in the mode that its policy
+// has by then: from audit to enforce what is not allowed ends, the other way
+// round it goes on.
+func TestGRPCModes(t *testing.T) {
+	narrow := func(mode string) *compile.Plan {
+		return build(t, strings.NewReplacer("MODE", mode, "grpc: [t.Echo/*]}\n    - {name: paid", "grpc: [t.Echo/Unary]}\n    - {name: paid").Replace(worldPolicies))
+	}
+	for from, to := range map[string]string{"audit": "enforce", "enforce": "audit"} {
+		t.Run(from, func(t *testing.T) {
+			eachEngine(t, func(t *testing.T, goroutines bool) {
+				n := oneNode(t, nodeOptions{goroutines: goroutines, mode: from})
+				e := n.rpc(84)
+				conn := rpcClient(t, n.out(clientNumber, serverPort(84)), nil)
+				s := held(t, within(t), conn, e)
+				n.proxy.SetPlan(narrow(to), 2)
+				if to == "enforce" {
+					if err := s.RecvMsg(new(wrapperspb.StringValue)); status.Code(err) != codes.PermissionDenied {
+						t.Errorf("the stream ended with %v", err)
+					}
+					n.recorded(flow.ReasonPolicyChanged)
+					return
+				}
+				// It is judged again before another call ends.
+				if got, err := call1(within(t), conn, "/t.Echo/Unary", "x"); err != nil || got != "x" {
+					t.Errorf("another call: %q %v", got, err)
+				}
+				select {
+				case err := <-e.ended:
+					t.Errorf("the stream ended: %v", err)
+				case <-time.After(100 * time.Millisecond):
+				}
+			})
+		})
+	}
 }
 
 // TestGRPCRotation has leaves that live four seconds under calls of one client;
