@@ -28,6 +28,9 @@ const (
 // missingPoll is how often a missing folder is looked for, at most.
 const missingPoll = time.Second
 
+// maxSettles is how often a folder in another's place is waited for.
+const maxSettles = 10
+
 // thereAgain is logged when the folder has come, or come back.
 const thereAgain = "the policy folder is there"
 
@@ -112,7 +115,11 @@ func (w *Watcher) Run(ctx context.Context) {
 		before, another := there, false
 		// Watch first, read then: what changes in between is seen.
 		there, another = n.watch()
-		for there && !first && (another || !before) {
+		// Where a folder never stays the same it is read as it is.
+		for range maxSettles {
+			if !there || first || !another && before {
+				break
+			}
 			w.opt.Logger.Debug(thereAgain, "folder", w.opt.Dir)
 			if !w.settle(ctx, n) { // whoever makes it may not be done
 				return

@@ -88,12 +88,10 @@ type call struct {
 	pumpErr error
 	pumped  netloop.Event
 
-	handle uint64 // in pipeline.Live, 0 while there is none
-	cut    *cut   // of what handle stands for
-	// watches counts what handle has stood for, looks how often it was judged
-	// again: of those that overlap the last one counts.
-	watches, looks uint64
-	reason         flow.Reason // why it was ended from outside
+	handle  uint64      // in pipeline.Live, 0 while there is none
+	cut     *cut        // of what handle stands for
+	looking *looking    // how that is judged again
+	reason  flow.Reason // why it was ended from outside
 }
 
 // newCall takes a spare call of the loop.
@@ -348,25 +346,65 @@ func (c *cut) reason() flow.Reason {
 	return flow.ReasonOK
 }
 
+// looking is how something live is judged again: by one task at a time.
+type looking struct {
+	under bool // one is at it
+	again bool // something has changed since it began
+}
+
+// until judges until nothing has changed meanwhile: judge returns what refuses
+// it, and false where there is nothing to be judged any more. It returns what
+// refuses it now. One refusal may be older than a change; after a second one no
+// change counts, so that none can come too often for a refusal to count at all.
+func (l *looking) until(p *pipeline.Pipeline, judge func() (flow.Reason, bool)) flow.Reason {
+	if l.under {
+		l.again = true
+		return flow.ReasonOK
+	}
+	l.under = true
+	defer func() { l.under = false }()
+	for twice := false; ; {
+		l.again = false
+		generation := p.Generation()
+		refused, ok := judge()
+		changed := l.again || p.Generation() != generation
+		switch {
+		case !ok:
+			return flow.ReasonOK
+		case refused != flow.ReasonOK && (twice || !changed):
+			return refused
+		case !changed:
+			return flow.ReasonOK
+		}
+		twice = refused != flow.ReasonOK
+	}
+}
+
 // watch registers the call, so that it ends when what allowed it ends. It
 // returns false where that has happened meanwhile.
-func (c *call) watch(opaque bool) bool {
-	c.watches++
-	engine, loop, serial, watch := c.t.Engine(), c.t.Loop(), c.serial, c.watches
-	s, cut := c.lives(&c.d, c.req.Time, c.enforced()), &cut{}
-	c.cut = cut
+func (c *call) watch(opaque bool) bool { return c.watchBy(c.t, opaque) }
+
+func (c *call) watchBy(t *netloop.Task, opaque bool) bool {
+	engine, loop, serial := t.Engine(), t.Loop(), c.serial
+	s, cut, l := c.lives(&c.d, c.req.Time, c.enforced()), &cut{}, &looking{}
+	c.cut, c.looking = cut, l
 	s.Kill = func(reason flow.Reason) {
 		cut.store(reason)
-		engine.Post(loop, func(*netloop.Task) {
-			if c.serial == serial {
-				c.end(reason)
+		engine.Post(loop, func(t *netloop.Task) {
+			if c.serial != serial {
+				return
 			}
+			if c.resolve(); !c.enforced() && c.cut == cut {
+				c.watchBy(t, opaque) // it goes on, and a policy may be enforced yet
+				return
+			}
+			c.end(reason)
 		})
 	}
 	if opaque || len(c.sent) > 0 {
 		s.Recheck = func() {
 			engine.Post(loop, func(t *netloop.Task) {
-				if c.serial == serial && c.watches == watch {
+				if c.serial == serial && c.looking == l {
 					c.recheck(t, serial)
 				}
 			})
@@ -383,7 +421,7 @@ func (c *call) watch(opaque bool) bool {
 	if s.Recheck == nil {
 		return true // the next request is judged anew
 	}
-	c.recheck(c.t, c.serial)
+	c.recheck(t, c.serial)
 	return c.reason == flow.ReasonOK
 }
 
@@ -394,34 +432,46 @@ func (c *call) recheck(t *netloop.Task, serial uint64) {
 		c.recheckOutside(t, serial)
 		return
 	}
-	c.looks++
-	now, round, watch, look := time.Now(), c.round, c.watches, c.looks
+	l, round, handle := c.looking, c.round, c.handle
+	refused := l.until(c.p.opt.Pipeline, func() (flow.Reason, bool) {
+		c.resolve()
+		var d flow.Decision
+		switch known := c.judgeAgain(t, &d); {
+		case c.serial != serial || c.looking != l || c.round != round: // it is over
+			return flow.ReasonOK, false
+		case !known:
+			return flow.ReasonPolicyChanged, true // what cannot be judged again is not allowed
+		case d.Refused():
+			return endOf(d.Reason), true
+		}
+		c.restsOn(handle, &d, c.enforced())
+		return flow.ReasonOK, true
+	})
+	if refused != flow.ReasonOK {
+		c.end(refused)
+	}
+}
+
+// judgeAgain decides anew, and says whether what was sent is known.
+func (c *call) judgeAgain(t *netloop.Task, d *flow.Decision) bool {
+	now := time.Now()
 	req := flow.Request{ID: c.l.judge.NewID(now), Time: now, Peer: c.req.Peer, Destination: c.dst, Protocol: c.req.Protocol, Host: c.host}
 	if len(c.sent) > 0 {
 		var h http1.Request
 		if h.ParseSent(bytes.Clone(c.sent)) != nil {
-			c.end(flow.ReasonPolicyChanged) // what cannot be judged again is not allowed
-			return
+			return false
 		}
 		req.Method, req.Path, req.Query, req.Host = text(h.Method), text(h.Path), text(h.Query), text(h.Host)
 		req.Headers, req.ContentLength, req.Upgrade = h.Fields, h.ContentLength, h.Upgrade()
 		req.Authority, req.TLS, req.ProvenKey = text(h.Authority), c.req.TLS, c.d.ProvenKey
 	}
-	var d flow.Decision
 	env := pipeline.Env{Loop: c.l.judge, Task: t, Again: true}
 	if c.leaving {
-		c.p.opt.Pipeline.DecideOutbound(env, &req, c.src, c.target, c.fromMode, &d)
+		c.p.opt.Pipeline.DecideOutbound(env, &req, c.src, c.target, c.fromMode, d)
 	} else {
-		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, &d)
+		c.p.opt.Pipeline.Decide(env, &req, c.src, c.api, d)
 	}
-	switch {
-	case c.serial != serial || c.round != round || c.watches != watch || c.looks != look:
-		// It is over, or somebody has looked since.
-	case d.Refused():
-		c.end(endOf(d.Reason))
-	default:
-		c.restsOn(c.handle, &d, c.enforced())
-	}
+	return true
 }
 
 // endOf is why a live call ends that would be refused now.

@@ -59,7 +59,7 @@ type exchange struct {
 	fault   error       // of what the client sent, or of nobody taking it
 	handle  uint64      // in pipeline.Live, 0 while there is none
 	cut     *cut        // of what handle stands for
-	looks   uint64      // how often it was judged again
+	looking *looking    // how that is judged again
 	reason  flow.Reason // why it was ended from outside
 }
 
@@ -342,16 +342,23 @@ func (x *exchange) broken(err error) {
 
 // watch registers the exchange, so that it ends when what allowed it ends. It
 // returns false where that has happened meanwhile.
-func (x *exchange) watch() bool {
-	engine, loop, serial := x.t.Engine(), x.t.Loop(), x.serial
+func (x *exchange) watch() bool { return x.watchBy(x.t) }
+
+func (x *exchange) watchBy(t *netloop.Task) bool {
+	engine, loop, serial := t.Engine(), t.Loop(), x.serial
 	s, cut := x.c.lives(&x.d, x.req.Time, x.enforced()), &cut{}
-	x.cut = cut
+	x.cut, x.looking = cut, &looking{}
 	s.Kill = func(reason flow.Reason) {
 		cut.store(reason)
-		engine.Post(loop, func(*netloop.Task) {
-			if x.serial == serial {
-				x.end(reason)
+		engine.Post(loop, func(t *netloop.Task) {
+			if x.serial != serial {
+				return
 			}
+			if x.resolve(); !x.enforced() && x.cut == cut {
+				x.watchBy(t) // it goes on, and a policy may be enforced yet
+				return
+			}
+			x.end(reason)
 		})
 	}
 	s.Recheck = func() {
@@ -363,29 +370,35 @@ func (x *exchange) watch() bool {
 	}
 	x.handle = x.c.p.opt.Pipeline.Live().Add(s)
 	if x.c.p.opt.Pipeline.Generation() != x.generation {
-		x.recheck(x.t)
+		x.recheck(t)
 	}
 	return x.reason == flow.ReasonOK
 }
 
 // recheck judges the request again.
 func (x *exchange) recheck(t *netloop.Task) {
-	x.looks++
-	c, serial, look, now := x.c, x.serial, x.looks, time.Now()
-	x.resolve()
-	req := c.request(c.l.judge.NewID(now), now, x.req.Protocol)
-	x.describe(&req)
-	req.Headers = slices.Clone(req.Headers) // their storage is the exchange's
-	req.ProvenKey = x.d.ProvenKey
-	var d flow.Decision
-	c.p.opt.Pipeline.Decide(pipeline.Env{Loop: c.l.judge, Task: t, Again: true}, &req, x.src, x.api, &d)
-	switch {
-	case x.serial != serial || x.looks != look: // it is over, or somebody has looked since
-	case d.Refused():
-		x.end(endOf(d.Reason))
-	default:
+	c, serial := x.c, x.serial
+	refused := x.looking.until(c.p.opt.Pipeline, func() (flow.Reason, bool) {
+		now := time.Now()
+		x.resolve()
+		req := c.request(c.l.judge.NewID(now), now, x.req.Protocol)
+		x.describe(&req)
+		req.Headers = slices.Clone(req.Headers) // their storage is the exchange's
+		req.ProvenKey = x.d.ProvenKey
+		var d flow.Decision
+		c.p.opt.Pipeline.Decide(pipeline.Env{Loop: c.l.judge, Task: t, Again: true}, &req, x.src, x.api, &d)
+		switch {
+		case x.serial != serial: // it is over
+			return flow.ReasonOK, false
+		case d.Refused():
+			return endOf(d.Reason), true
+		}
 		x.resolve()
 		c.restsOn(x.handle, &d, x.enforced())
+		return flow.ReasonOK, true
+	})
+	if refused != flow.ReasonOK && x.serial == serial {
+		x.end(refused)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -526,6 +527,80 @@ func TestGRPCModes(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestRevokedInAudit holds that a revocation which audit let pass ends what goes
+// on once the policy is enforced.
+func TestRevokedInAudit(t *testing.T) {
+	eachEngine(t, func(t *testing.T, goroutines bool) {
+		n := oneNode(t, nodeOptions{goroutines: goroutines, mode: "audit"})
+		e := n.rpc(84)
+		n.raw(echo, 7)
+		stream := held(t, within(t), rpcClient(t, n.out(clientNumber, serverPort(84)), nil), e)
+		conn := dialTCP(t, n.out(clientNumber, serverPort(7)))
+		says := func() error {
+			if _, err := io.WriteString(conn, "x"); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(conn, make([]byte, 1))
+			return err
+		}
+		if err := says(); err != nil {
+			t.Fatal(err)
+		}
+		list, err := identity.NewRevocations([]identity.Revocation{{Kind: identity.RevokeIdentity, Value: clientID}}, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.verifier.SetRevocations(list)
+		n.pipeline.SetRevocations(list)
+		for range 10 {
+			if err := says(); err != nil {
+				t.Fatalf("in audit: %v", err)
+			}
+		}
+		n.proxy.SetPlan(plan(t, "enforce"), 2)
+		if err := stream.RecvMsg(new(wrapperspb.StringValue)); err == nil || status.Code(err) == codes.DeadlineExceeded {
+			t.Errorf("the stream: %v", err)
+		}
+		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the connection: %v", err)
+		}
+		n.recorded(flow.ReasonRevoked)
+	})
+}
+
+// TestLooking holds that a look which something has changed since counts for
+// nothing, and that changes keep no refusal from counting.
+func TestLooking(t *testing.T) {
+	p := pipeline.New(pipeline.Options{})
+	for _, c := range []struct {
+		name    string
+		answers string // of one look after another: allowed, refused, over; in upper case something changes meanwhile
+		want    flow.Reason
+	}{
+		{"allowed", "a", ""}, {"refused", "r", "x"}, {"over", "o", ""}, {"allowed, then refused", "Ar", "x"}, {"refused before a change", "Ra", ""},
+		{"refused again", "RR", "x"}, {"refused, allowed, refused", "RARR", "x"}, {"over after a change", "Ao", ""},
+	} {
+		for _, how := range []string{"again", "generation"} {
+			l, looks := &looking{}, 0
+			got := l.until(p, func() (flow.Reason, bool) {
+				a := c.answers[looks : looks+1]
+				looks++
+				if strings.ToUpper(a) == a {
+					if how == "generation" {
+						p.RelationsChanged("")
+					} else if reason := l.until(p, nil); reason != flow.ReasonOK {
+						t.Errorf("%s: a second look says %s", c.name, reason)
+					}
+				}
+				return map[string]flow.Reason{"r": "x"}[strings.ToLower(a)], strings.ToLower(a) != "o"
+			})
+			if got != c.want || looks != len(c.answers) || l.under {
+				t.Errorf("%s, %s: %q after %d looks, want %q", c.name, how, got, looks, c.want)
+			}
+		}
 	}
 }
 
