@@ -544,6 +544,31 @@ spec:
 	}
 }
 
+// goesOn has the agent beat and tick until the test ends.
+func (g *ground) goesOn() {
+	ctx, stop := context.WithCancel(g.current)
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = g.beat(ctx) })
+	wg.Go(func() { _ = g.tick(ctx) })
+	g.t.Cleanup(func() { stop(); wg.Wait() })
+}
+
+// endsAt waits for the end of a connection of an identity that expires then.
+func (g *ground) endsAt(c *testenv.Sock, expires time.Time) {
+	g.t.Helper()
+	must(g.t, c.SetTimeout(patience))
+	if _, err := c.Recv(1); err == nil || errors.Is(err, unix.EAGAIN) {
+		g.t.Errorf("the connection: %v", err)
+	}
+	if d := time.Since(expires); d < 0 || d > patience {
+		g.t.Errorf("it ended %s after the identity", d)
+	}
+	g.reconcile(func(*inputs) {}) // not before the sweep that ended it is over
+	if n := g.metric(`sallyport_connections_closed_total{reason="identity_expired"}`); n != 1 {
+		g.t.Errorf("counted %v", n)
+	}
+}
+
 // A live direct connection ends when its caller's validity does.
 func TestDirectEndsWithTheIdentity(t *testing.T) {
 	g := newGround(t)
@@ -551,24 +576,9 @@ func TestDirectEndsWithTheIdentity(t *testing.T) {
 	g.policy(strings.Replace(documents, "mayCall: [server, far], egress", "expires: "+ends.Format(time.RFC3339)+", mayCall: [server, far], egress", 1))
 	h := g.connect(nil).ready()
 	l := listen(t, g.server, serverAt)
-	ctx, stop := context.WithCancel(g.current)
-	var wg sync.WaitGroup
-	wg.Go(func() { _ = g.beat(ctx) })
-	wg.Go(func() { _ = g.tick(ctx) })
-	defer wg.Wait()
-	defer stop()
+	g.goesOn()
 	c := g.direct(h, l)
-	must(t, c.SetTimeout(patience))
-	if _, err := c.Recv(1); err == nil || errors.Is(err, unix.EAGAIN) {
-		t.Errorf("the connection: %v", err)
-	}
-	if d := time.Since(ends); d < 0 || d > patience {
-		t.Errorf("it ended %s after the identity", d)
-	}
-	g.reconcile(func(*inputs) {}) // not before the sweep that ended it is over
-	if n := g.metric(`sallyport_connections_closed_total{reason="identity_expired"}`); n != 1 {
-		t.Errorf("counted %v", n)
-	}
+	g.endsAt(c, ends)
 	if _, err := g.client.Dial(serverAt); err == nil {
 		if f, err := g.dp.Counters(); err != nil || f.Direct != 1 {
 			t.Errorf("then %d went direct, %v", f.Direct, err)
@@ -586,27 +596,12 @@ func TestEgressEndsWithTheIdentity(t *testing.T) {
 		"expires: "+ends.Format(time.RFC3339)+", mayCall: [server, far], egress: [{cidr: 192.0.2.20/32, ports: [443]}, ", 1))
 	g.connect(nil).ready()
 	l := listen(t, testenv.NewActor(t, nil, g.other), open)
-	ctx, stop := context.WithCancel(g.current)
-	var wg sync.WaitGroup
-	wg.Go(func() { _ = g.beat(ctx) })
-	wg.Go(func() { _ = g.tick(ctx) })
-	defer wg.Wait()
-	defer stop()
+	g.goesOn()
 	c, err := g.client.Dial(open)
 	must(t, err)
 	_, _, err = l.Accept()
 	must(t, err)
-	must(t, c.SetTimeout(patience))
-	if _, err := c.Recv(1); err == nil || errors.Is(err, unix.EAGAIN) {
-		t.Errorf("the connection: %v", err)
-	}
-	if d := time.Since(ends); d < 0 || d > patience {
-		t.Errorf("it ended %s after the identity", d)
-	}
-	g.reconcile(func(*inputs) {}) // not before the sweep that ended it is over
-	if n := g.metric(`sallyport_connections_closed_total{reason="identity_expired"}`); n != 1 {
-		t.Errorf("counted %v", n)
-	}
+	g.endsAt(c, ends)
 	if _, err := g.client.Dial(open); !errors.Is(err, unix.EPERM) {
 		t.Errorf("then: %v", err)
 	}

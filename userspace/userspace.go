@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -126,6 +127,8 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 		return err
 	}
 	defer p.close()
+	var reopening sync.WaitGroup
+	defer reopening.Wait() // it ends with the line, and leaves no file open behind close
 	close(ready)
 	if err := p.conn.Notify(&linepb.Message{Body: &linepb.Message_Ready{Ready: &linepb.Ready{Version: version}}}); err != nil {
 		return fmt.Errorf("report ready: %w", err)
@@ -133,7 +136,7 @@ func Run(ctx context.Context, socket *line.Socket, version string, log *slog.Log
 	go p.pipeline.Run(ctx)
 	go p.report(ctx)
 	go p.save(ctx)
-	go p.reopenProofs(ctx)
+	reopening.Go(func() { p.reopenProofs(ctx) })
 	line.Orphan{
 		Listeners:   p.proxy.CloseListeners,
 		Connections: func() { p.engine.Close() }, //nolint:errcheck // a second Close says so

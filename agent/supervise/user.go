@@ -104,8 +104,9 @@ func find(passwd string, match func(name string, uid uint32) bool) (User, bool, 
 const maxInherited = 1024
 
 // PrepareDir makes dir, the one folder that the user may write, closed to
-// everybody else. What another user of userspace left there is handed over. Its parent, which is the agent's, is opened for passing
-// through (mode 0711): what the agent keeps there must each be closed itself.
+// everybody else. What another user of userspace left there is handed over. Its
+// parent, which is the agent's, is opened for passing through (mode 0711): what
+// the agent keeps there must each be closed itself.
 func (u User) PrepareDir(dir string) error {
 	parent := filepath.Dir(dir)
 	if err := os.MkdirAll(parent, 0o711); err != nil {

@@ -135,6 +135,11 @@ func (i *Identity) MayCallIdentity(dst *Identity) bool {
 // Expired says whether the identity's validity has ended at that time.
 func (i *Identity) Expired(now time.Time) bool { return !i.Expires.IsZero() && !now.Before(i.Expires) }
 
+// Expiry says whom to ask about an identity that has expired, and when it did.
+func (i *Identity) Expiry() string {
+	return "owner " + i.Owner + ", expired " + i.Expires.Format(time.DateOnly)
+}
+
 // Changes returns when next an identity will be about to expire or have expired,
 // which Build warns of; zero for never.
 func (p *Plan) Changes(now time.Time) (next time.Time) {

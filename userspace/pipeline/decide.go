@@ -260,14 +260,14 @@ func (r *run) identity(required bool) bool {
 func (r *run) governance() bool {
 	if r.api != nil && r.api.Identity.Expired(r.now) {
 		id := r.api.Identity
-		return r.refuse(flow.StageGovernance, flow.ReasonIdentityExpired, "of the server "+id.FullName()+": owner "+id.Owner+", expired "+id.Expires.Format(time.DateOnly))
+		return r.refuse(flow.StageGovernance, flow.ReasonIdentityExpired, "of the server "+id.FullName()+": "+id.Expiry())
 	}
 	if r.src == nil {
 		r.step(flow.StageGovernance, flow.ReasonOK, "anonymous", "")
 		return true
 	}
 	if r.src.Expired(r.now) {
-		return r.refuse(flow.StageGovernance, flow.ReasonIdentityExpired, "owner "+r.src.Owner+", expired "+r.src.Expires.Format(time.DateOnly))
+		return r.refuse(flow.StageGovernance, flow.ReasonIdentityExpired, r.src.Expiry())
 	}
 	r.step(flow.StageGovernance, flow.ReasonOK, r.src.Owner, "")
 	return true

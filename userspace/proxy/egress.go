@@ -68,7 +68,7 @@ func (c *call) plain() {
 	c.resolve()
 	if c.enforced() && c.src != nil && c.src.Expired(time.Now()) {
 		c.begin(flow.ProtocolTCP)
-		c.fail(&refusal{flow.StageGovernance, flow.ReasonIdentityExpired, "owner " + c.src.Owner + ", expired " + c.src.Expires.Format(time.DateOnly)})
+		c.fail(&refusal{flow.StageGovernance, flow.ReasonIdentityExpired, c.src.Expiry()})
 		return
 	}
 	to := &outside{}

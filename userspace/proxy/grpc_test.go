@@ -507,7 +507,9 @@ func TestGRPCModes(t *testing.T) {
 				n := oneNode(t, nodeOptions{goroutines: goroutines, mode: from})
 				e := n.rpc(84)
 				conn := rpcClient(t, n.out(clientNumber, serverPort(84)), nil)
-				s := held(t, within(t), conn, e)
+				ctx, cancel := context.WithCancel(within(t))
+				defer cancel()
+				s := held(t, ctx, conn, e)
 				n.proxy.SetPlan(narrow(to), 2)
 				if to == "enforce" {
 					if err := s.RecvMsg(new(wrapperspb.StringValue)); status.Code(err) != codes.PermissionDenied {
@@ -520,10 +522,14 @@ func TestGRPCModes(t *testing.T) {
 				if got, err := call1(within(t), conn, "/t.Echo/Unary", "x"); err != nil || got != "x" {
 					t.Errorf("another call: %q %v", got, err)
 				}
-				select {
-				case err := <-e.ended:
-					t.Errorf("the stream ended: %v", err)
-				case <-time.After(100 * time.Millisecond):
+				for _, r := range n.records() {
+					if r.Reason == flow.ReasonPolicyChanged {
+						t.Errorf("the stream was ended: %+v", r)
+					}
+				}
+				cancel()
+				if err := s.RecvMsg(new(wrapperspb.StringValue)); status.Code(err) != codes.Canceled {
+					t.Errorf("the stream ended with %v", err)
 				}
 			})
 		})
